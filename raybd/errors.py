@@ -1,0 +1,59 @@
+"""Errors as part of the interface: each says what is wrong, where, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class RaybdError(Exception):
+    """Base of all errors that raybd raises on purpose; `str()` of it is the whole message for a user.
+
+    Args:
+        what: the fault, in one sentence.
+        where: file:line, field, shard or trial that it concerns.
+        expected: what would have been right.
+        fix: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.fix:
+            lines.append(f"  to do: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.where, self.expected, self.fix))
+
+
+def _rebuild(cls: type[RaybdError], what: str, where: str, expected: str, fix: str) -> RaybdError:
+    return cls(what, where=where, expected=expected, fix=fix)
+
+
+class StudyError(RaybdError):
+    """The study file, a setting or the command line is wrong."""
+
+    exit_code = 2
+
+
+class DataError(RaybdError):
+    """Shards, captions, classes or tables are missing or broken."""
+
+
+class CheckpointError(RaybdError):
+    """A checkpoint is missing, unreadable, or of another model."""
+
+
+class ClusterError(RaybdError):
+    """The machine or the cluster cannot carry the study."""
+
+    exit_code = 3
+
+
+class TrialError(RaybdError):
+    """A pretraining or cleaning run failed in itself: a loss that is not finite, for example."""

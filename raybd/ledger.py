@@ -1,0 +1,113 @@
+"""The ledger: what was started, which epochs are done, what ended. The source of truth of a run directory.
+
+Append-only: one small file for each event, whole or absent. Tables, fronts and Optuna's studies are rebuilt from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from raybd.errors import DataError
+from raybd.store import Store
+
+Record = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """What a ledger entry is of."""
+
+    PRETRAIN = "pretrain"
+    TRIAL = "trials"
+
+
+class State(StrEnum):
+    """Where a trial stands."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pretraining run or trial.
+
+    Attributes:
+        started: the record of its first start.
+        attempts: how often it was started.
+        epochs: the record of each finished epoch, by number.
+        ended: the record of its end, None while it runs or after its process died.
+    """
+
+    id: str
+    started: Record
+    attempts: int
+    epochs: dict[int, Record]
+    ended: Record | None
+
+
+class Ledger:
+    """The ledger of one run directory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def start(self, kind: Kind, id: str, record: Record) -> int:
+        """Record a start; return the number of the attempt, from 1."""
+        attempt = len(self._names(kind, id, "started-")) + 1
+        self._put(f"ledger/{kind}/{id}/started-{attempt:03d}.json", record)
+        return attempt
+
+    def epoch(self, kind: Kind, id: str, epoch: int, record: Record) -> None:
+        """Record a finished epoch; one that is finished again, after a crash, takes the place of its first record."""
+        self._put(f"ledger/{kind}/{id}/epoch-{epoch:04d}.json", record)
+
+    def end(self, kind: Kind, id: str, record: Record) -> Entry:
+        """Record an end. It holds all that the entry has, so that readers of an ended one need one file."""
+        entry = self.entry(kind, id)
+        content = {"started": entry.started, "attempts": entry.attempts, "ended": record}
+        content["epochs"] = {str(number): entry.epochs[number] for number in sorted(entry.epochs)}
+        self._put(f"ledger/{kind}/{id}/ended.json", content)
+        return self.entry(kind, id)
+
+    def entry(self, kind: Kind, id: str) -> Entry:
+        """Return one entry. Errors: DataError if it never started."""
+        names = self._names(kind, id)
+        if not names:
+            raise DataError("never started", where=f"ledger/{kind}/{id}")
+        return self._read(id, names)
+
+    def entries(self, kind: Kind) -> list[Entry]:
+        """Return all entries of a kind, by id."""
+        by_id: dict[str, list[str]] = {}
+        for name in self._store.names(f"ledger/{kind}", suffix=".json"):
+            by_id.setdefault(name.split("/")[2], []).append(name)
+        return [self._read(id, names) for id, names in sorted(by_id.items())]
+
+    def _names(self, kind: Kind, id: str, prefix: str = "") -> list[str]:
+        names = self._store.names(f"ledger/{kind}/{id}", suffix=".json")
+        return [name for name in names if name.rsplit("/", 1)[1].startswith(prefix)]
+
+    def _read(self, id: str, names: list[str]) -> Entry:
+        last = {name.rsplit("/", 1)[1]: name for name in names}
+        if "ended.json" in last:
+            found = self._get(last["ended.json"])
+            epochs = {int(number): record for number, record in found["epochs"].items()}
+            return Entry(id, found["started"], found["attempts"], epochs, found["ended"])
+        starts = [name for name in last if name.startswith("started-")]
+        epochs = {int(name[6:10]): self._get(path) for name, path in last.items() if name.startswith("epoch-")}
+        started = self._get(last[min(starts)]) if starts else {}
+        return Entry(id, started, len(starts), epochs, None)
+
+    def _put(self, name: str, record: Record) -> None:
+        self._store.put(name, json.dumps(record, sort_keys=True, allow_nan=True).encode())
+
+    def _get(self, name: str) -> Record:
+        try:
+            return dict(json.loads(self._store.get(name)))
+        except ValueError as error:
+            raise DataError(f"not a ledger record: {error}", where=self._store.path(name)) from None

@@ -1,0 +1,74 @@
+"""From ledger entries to rows of the tables. Pure functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from raybd.ledger import Entry, State
+from raybd.metrics import SPLITS, Counts
+from raybd.tables import SETTINGS
+
+Row = dict[str, Any]
+
+_TRAINING = ("epoch", "step", "samples_seen", "lr", "loss", "loss_mmcl", "loss_ssl", "logit_scale", "broken")
+_SPEED = ("train_seconds", "evaluate_seconds", "samples_per_second")
+
+
+def counts(record: Mapping[str, Any]) -> dict[str, Counts]:
+    """Return the counts of each half in an epoch's record."""
+    return {split: Counts(**record["counts"][split]) for split in SPLITS}
+
+
+def pretrain_rows(entry: Entry) -> list[Row]:
+    """Return the `pretrain_epochs` rows of a pretraining run; both halves of the evaluation set are counted."""
+    same = {name: entry.started[name] for name in ("study", "study_hash", "pretrain_id", "objective")}
+    rows = []
+    for _, record in sorted(entry.epochs.items()):
+        halves = counts(record)
+        rows.append(
+            {
+                **same,
+                **{name: record[name] for name in (*_TRAINING, "poisoned_seen", *_SPEED)},
+                **(halves["search"] + halves["report"]).columns(),
+            }
+        )
+    return rows
+
+
+def epoch_rows(entry: Entry) -> list[Row]:
+    """Return the `epochs` rows of a trial: two for each epoch, one for each half of the evaluation set."""
+    names = ("study", "study_hash", "trial_id", "pretrain_id", "objective", "method")
+    same = {name: entry.started[name] for name in names}
+    return [
+        {**same, **{name: record[name] for name in (*_TRAINING, *_SPEED)}, "split": split, **found.columns()}
+        for _, record in sorted(entry.epochs.items())
+        for split, found in counts(record).items()
+    ]
+
+
+def trial_row(entry: Entry) -> Row:
+    """Return the `trials` row of a trial, running or ended."""
+    started, ended = entry.started, entry.ended or {}
+    names = ("study", "study_hash", "trial_id", "number", "pretrain_id", "objective", "method", "seed")
+    settings = started["settings"]
+    flat = {**settings, **{f"loss_weights.{name}": value for name, value in settings["loss_weights"].items()}}
+    return {
+        **{name: started[name] for name in names},
+        **{column: flat[name] for name, (column, _) in SETTINGS.items()},
+        "params_json": json.dumps(started["params"], sort_keys=True),
+        "state": ended.get("state", State.RUNNING),
+        "stop_reason": ended.get("stop_reason"),
+        "error_type": ended.get("error_type"),
+        "error_message": ended.get("error_message"),
+        "epochs_done": max(entry.epochs, default=None),
+        "weight_decay_in_force": ended.get("weight_decay_in_force"),
+        "attempt": entry.attempts,
+        "node": ended.get("node"),
+        "device": ended.get("device"),
+        "started": datetime.fromisoformat(started["started"]),
+        "ended": datetime.fromisoformat(ended["ended"]) if "ended" in ended else None,
+        "device_seconds": ended.get("device_seconds"),
+    }

@@ -1,0 +1,208 @@
+"""Study files: YAML in, a `Study` out, or every mistake at once with its file and line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raybd.errors import StudyError
+from raybd.study import Study, searchable
+
+_MAX_BYTES = 1_000_000
+Path_ = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats, so that `1e-7` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def locate(study: str) -> Path:
+    """Return the path of a study given as a path, or as the name of one that comes with raybd. Errors: StudyError."""
+    path = Path(study)
+    if path.is_file():
+        return path
+    for folder in (Path(__file__).parent / "search_spaces", Path(__file__).parents[1] / "search_spaces"):
+        shipped = folder / f"{path.stem}.yaml"
+        if path.name in (path.stem, shipped.name) and len(path.parts) == 1 and shipped.is_file():
+            return shipped
+    raise StudyError("no such study file", where=study, fix="give the path of a YAML file, or a name such as `demo`")
+
+
+def load(study: str, *, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study.
+
+    Args:
+        study: path of a YAML file, or the name of a study that comes with raybd.
+        overrides: `dotted.key=value` texts; the value is YAML.
+
+    Errors: StudyError that lists every mistake, each with file and line (or the override).
+    """
+    path = locate(study)
+    if path.stat().st_size > _MAX_BYTES:
+        raise StudyError("larger than a study can be (1 MB)", where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyError(f"not UTF-8 text: {error}", where=str(path)) from None
+    return parse(text, source=str(path), overrides=overrides)
+
+
+def parse(text: str, *, source: str, overrides: Sequence[str] = ()) -> Study:
+    """Check a study given as YAML text; `source` is what its errors call it. Errors: StudyError."""
+    marks: dict[Path_, str] = {}
+    problems: list[tuple[str, str]] = []
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        raw = _plain(node, (), loader, source, marks, problems) if node else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise StudyError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+    except RecursionError:
+        raise StudyError("nested too deeply", where=source) from None
+    finally:
+        loader.dispose()
+    if not isinstance(raw, dict):
+        raise StudyError("a study is a mapping of settings", where=f"{source}:1", expected="`name: …` and so on")
+    for override in overrides:
+        _override(raw, override, marks)
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(found, marks, source) for found in error.errors(include_url=False)]
+    if problems:
+        lines = "\n".join(f"  {where}: {what}" for where, what in sorted(problems, key=_by_line))
+        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise StudyError(f"{count} in the study\n{lines}", where=source, fix="correct them and call again")
+    return study
+
+
+def _by_line(problem: tuple[str, str]) -> tuple[int, str]:
+    line = problem[0].rpartition(":")[2]
+    return (int(line) if line.isdigit() else 0, problem[1])
+
+
+def _plain(
+    node: yaml.Node, at: Path_, loader: _Loader, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]]
+) -> Any:
+    """Turn a YAML node into data; note the line of each path, and each key that is given twice."""
+    marks.setdefault(at, f"{source}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+            line = f"{source}:{key_node.start_mark.line + 1}"
+            if key in found:
+                problems.append((line, f"{'.'.join(map(str, (*at, key)))}: given twice"))
+                continue
+            marks[(*at, key)] = line
+            found[key] = _plain(value_node, (*at, key), loader, source, marks, problems)
+        return found
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, (*at, i), loader, source, marks, problems) for i, child in enumerate(node.value)]
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, OverflowError, yaml.YAMLError) as error:
+        problems.append((f"{source}:{node.start_mark.line + 1}", f"cannot read the value: {error}"))
+        return None
+
+
+def _override(raw: dict[str, Any], override: str, marks: dict[Path_, str]) -> None:
+    """Put `dotted.key=value` into the raw study. Errors: StudyError."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise StudyError("not of the form key=value", where=f"--set {override}", expected="--set data.root=/path")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise StudyError(f"the value is not valid YAML: {error}", where=f"--set {override}") from None
+    path = _split(key)
+    inner = raw
+    for part in path[:-1]:
+        if inner.get(part) is None:
+            inner[part] = {}
+        inner = inner[part]
+        if not isinstance(inner, dict):
+            raise StudyError(f"{part!r} is not a section", where=f"--set {override}")
+    inner[path[-1]] = value
+    for length in range(len(path), 0, -1):
+        if length == len(path) or path[:length] not in marks:
+            marks[path[:length]] = f"--set {override}"
+
+
+def _split(key: str) -> tuple[str, ...]:
+    """Split a dotted key; a searched setting below `search.space` keeps its own dots."""
+    for name in searchable():
+        for head in (f"search.space.{name}",):
+            if "." in name and (key == head or key.startswith(f"{head}.")):
+                rest = key[len(head) :].strip(".")
+                return ("search", "space", name, *(rest.split(".") if rest else ()))
+    return tuple(key.split("."))
+
+
+def _explain(error: Mapping[str, Any], marks: Mapping[Path_, str], source: str) -> tuple[str, str]:
+    """Turn one of pydantic's errors into (file:line, sentence)."""
+    location = tuple(part for part in error["loc"] if part != "[key]")
+    known = location
+    while known and known not in marks:
+        known = known[:-1]
+    # Union members that pydantic names in the path (`int`, `constrained-str`) are not fields of the file.
+    if len(known) < len(location) and error["type"] not in ("missing", "extra_forbidden"):
+        location = known or location
+    field = ".".join(str(part) for part in location)
+    kind, message, got = error["type"], error["msg"].removeprefix("Value error, "), error.get("input")
+    if kind == "extra_forbidden":
+        message = "unknown key" + _suggest(location)
+    elif kind == "missing":
+        message = "missing, and it has no default"
+    elif kind == "value_error":
+        pass
+    elif isinstance(got, str | int | float | bool) or got is None:
+        message = f"{message[0].lower()}{message[1:]}, got {got!r}"
+    return marks.get(known, source), f"{field}: {message}" if field else message
+
+
+def _suggest(location: Path_) -> str:
+    fields = _fields_at(location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(fields)})" if fields else ""
+
+
+def _fields_at(path: Iterable[str | int]) -> list[str]:
+    model: Any = Study
+    for part in path:
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        model = field.annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def shipped() -> list[str]:
+    """Return the names of the studies that come with raybd."""
+    found = set()
+    for folder in (Path(__file__).parent / "search_spaces", Path(__file__).parents[1] / "search_spaces"):
+        found |= {path.stem for path in folder.glob("*.yaml")}
+    return sorted(found)
+
+
+def embedded(name: str) -> Path | None:
+    """Return the folder of a data set that comes with raybd, None if there is none of that name."""
+    folder = Path(str(resources.files("raybd") / "data" / name))
+    return folder if name and "/" not in name and (folder / "classes.json").is_file() else None

@@ -1,0 +1,189 @@
+"""The tables of a run: explicit Parquet schemas, their one writer and their one reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raybd.errors import DataError
+from raybd.store import Store
+
+SCHEMA_VERSION = 1
+
+_text, _int, _float, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us", tz="UTC")
+
+_RATES = [
+    ("zeroshot_top1", _float),
+    ("asr_top1", _float),
+    ("robust_top1", _float),
+    ("n_clean", _int),
+    ("n_triggered", _int),
+    ("correct_clean", _int),
+    ("hit_target", _int),
+    ("correct_triggered", _int),
+]
+_TRAINING = [
+    ("step", _int),
+    ("samples_seen", _int),
+    ("lr", _float),
+    ("loss", _float),
+    ("loss_mmcl", _float),
+    ("loss_ssl", _float),
+    ("logit_scale", _float),
+]
+_SPEED = [("train_seconds", _float), ("evaluate_seconds", _float), ("samples_per_second", _float)]
+# A cleaning trial's settings, one typed column each, whether searched or not.
+SETTINGS: dict[str, tuple[str, pa.DataType]] = {
+    "epochs": ("epochs_planned", _int),
+    "batch_size": ("batch_size", _int),
+    "lr": ("lr", _float),
+    "warmup_steps": ("warmup_steps", _int),
+    "weight_decay": ("weight_decay", _float),
+    "beta1": ("beta1", _float),
+    "beta2": ("beta2", _float),
+    "eps": ("eps", _float),
+    "loss_weights.mmcl": ("loss_weights.mmcl", _float),
+    "loss_weights.ssl": ("loss_weights.ssl", _float),
+    "image_view": ("image_view", _text),
+    "text_view": ("text_view", _text),
+    "precision": ("precision", _text),
+}
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "poison_plan": pa.schema(
+        [
+            ("key", _text),
+            ("shard", _text),
+            ("trigger", _text),
+            ("placement", _text),
+            ("target_class", _text),
+            ("caption_before", _text),
+            ("caption_after", _text),
+            ("seed", _int),
+        ]
+    ),
+    "pretrain_epochs": pa.schema(
+        [
+            ("study", _text),
+            ("study_hash", _text),
+            ("pretrain_id", _text),
+            ("objective", _text),
+            ("epoch", _int),
+            *_TRAINING,
+            *_RATES,
+            ("poisoned_seen", _int),
+            ("broken", _int),
+            *_SPEED,
+        ]
+    ),
+    "trials": pa.schema(
+        [
+            ("study", _text),
+            ("study_hash", _text),
+            ("trial_id", _text),
+            ("number", _int),
+            ("pretrain_id", _text),
+            ("objective", _text),
+            ("method", _text),
+            *SETTINGS.values(),
+            ("params_json", _text),
+            ("state", _text),
+            ("stop_reason", _text),
+            ("error_type", _text),
+            ("error_message", _text),
+            ("epochs_done", _int),
+            ("weight_decay_in_force", _float),
+            ("seed", _int),
+            ("attempt", _int),
+            ("node", _text),
+            ("device", _text),
+            ("started", _time),
+            ("ended", _time),
+            ("device_seconds", _float),
+        ]
+    ),
+    "epochs": pa.schema(
+        [
+            ("study", _text),
+            ("study_hash", _text),
+            ("trial_id", _text),
+            ("pretrain_id", _text),
+            ("objective", _text),
+            ("method", _text),
+            ("epoch", _int),
+            ("split", _text),
+            *_TRAINING,
+            *_RATES,
+            ("broken", _int),
+            *_SPEED,
+        ]
+    ),
+    "fronts": pa.schema(
+        [
+            ("study", _text),
+            ("study_hash", _text),
+            ("pretrain_id", _text),
+            ("objective", _text),
+            ("method", _text),
+            ("kind", _text),
+            ("split", _text),
+            ("trial_id", _text),
+            ("epoch", _int),
+            ("zeroshot_top1", _float),
+            ("asr_top1", _float),
+            ("hv_contribution", _float),
+            ("hypervolume", _float),
+            ("checkpoint", _text),
+            ("baseline_top1", _float),
+            ("baseline_asr", _float),
+        ]
+    ),
+}
+# Columns that differ between two runs of the same study with the same seeds: when, where and how fast.
+TIMES = frozenset({"started", "ended", "device_seconds", "node", *(name for name, _ in _SPEED)})
+
+
+def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one part of a table, whole or not at all; a part of the same name is replaced.
+
+    Errors: DataError on a row with a key that the schema does not have.
+    """
+    schema = SCHEMAS[table]
+    for row in rows:
+        if extra := set(row) - set(schema.names):
+            raise DataError(f"row has columns that {table} has not: {sorted(extra)}", where=f"tables/{table}/{part}")
+    found = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    sink = pa.BufferOutputStream()
+    metadata = {"raybd.schema_version": str(SCHEMA_VERSION), "raybd.table": table}
+    pq.write_table(found.replace_schema_metadata(metadata), sink, compression="zstd")
+    store.put(f"tables/{table}/{part}.parquet", sink.getvalue().to_pybytes())
+
+
+def read(store: Store, table: str) -> pa.Table:
+    """Read all parts of a table, in the order of their names; empty if there is none.
+
+    Errors: DataError that names a part which is damaged or written by a newer raybd.
+    """
+    schema = SCHEMAS[table]
+    found = []
+    for name in store.names(f"tables/{table}", suffix=".parquet"):
+        try:
+            part = pq.read_table(pa.BufferReader(store.get(name)))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"not a readable Parquet file: {error}", where=store.path(name)) from None
+        version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")
+        if version != str(SCHEMA_VERSION).encode():
+            raise DataError(
+                f"schema version {version.decode(errors='replace') or 'missing'}",
+                where=store.path(name),
+                expected=f"version {SCHEMA_VERSION}",
+                fix="read it with the raybd that wrote it, or remove the part",
+            )
+        missing = [field for field in schema.names if field not in part.schema.names]
+        if missing:
+            raise DataError(f"columns missing: {', '.join(missing)}", where=store.path(name))
+        found.append(part.select(schema.names).cast(schema))
+    return pa.concat_tables(found).replace_schema_metadata() if found else schema.empty_table()
