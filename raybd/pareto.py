@@ -1,0 +1,92 @@
+"""Fronts and hypervolumes for two search objectives, accuracy up and attack success rate down: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def _points(top1: ArrayLike, asr: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    accuracy_N, asr_N = np.asarray(top1, dtype=np.float64), np.asarray(asr, dtype=np.float64)
+    if accuracy_N.shape != asr_N.shape or accuracy_N.ndim != 1:
+        raise ValueError(f"two vectors of one length expected, got shapes {accuracy_N.shape} and {asr_N.shape}")
+    if not (np.isfinite(accuracy_N).all() and np.isfinite(asr_N).all()):
+        raise ValueError("points must be finite")
+    return accuracy_N, asr_N
+
+
+def front(top1: ArrayLike, asr: ArrayLike) -> NDArray[np.int64]:
+    """Return the indices of the points that no other point beats, by rising accuracy.
+
+    A point is beaten by one that is at least as good in both and better in one. Of equal points the first stays.
+
+    Args:
+        top1, asr: fractions, shape [N].
+
+    Errors: ValueError on shapes that differ or values that are not finite.
+    """
+    accuracy_N, asr_N = _points(top1, asr)
+    # By falling accuracy, then rising ASR, then position: a point stays if its ASR is below all before it.
+    order = np.lexsort((np.arange(len(asr_N)), asr_N, -accuracy_N))
+    kept, lowest = [], np.inf
+    for i in order:
+        if asr_N[i] < lowest:
+            kept.append(i)
+            lowest = asr_N[i]
+    return np.asarray(kept[::-1], dtype=np.int64)
+
+
+def hypervolume(top1: ArrayLike, asr: ArrayLike) -> float:
+    """Return the area that the points dominate, against accuracy 0 and ASR 1: in [0, 1] for fractions.
+
+    Args:
+        top1, asr: fractions, shape [N]; they need not form a front.
+    """
+    accuracy_N, asr_N = _points(top1, asr)
+    kept = front(accuracy_N, asr_N)
+    widths = np.diff(np.concatenate(([0.0], accuracy_N[kept])))
+    return float(np.sum(widths * (1.0 - asr_N[kept])))
+
+
+def contributions(top1: ArrayLike, asr: ArrayLike) -> NDArray[np.float64]:
+    """Return for each point the area that only it dominates, shape [N]; 0 for points off the front and for doubles.
+
+    It is what the hypervolume of all points loses without that point: a beaten point can take part of it over.
+    """
+    accuracy_N, asr_N = _points(top1, asr)
+    area = hypervolume(accuracy_N, asr_N)
+    found = np.zeros(len(accuracy_N))
+    for i in front(accuracy_N, asr_N):
+        found[i] = max(0.0, area - hypervolume(np.delete(accuracy_N, i), np.delete(asr_N, i)))
+    return found
+
+
+def lowest_asr(top1: ArrayLike, asr: ArrayLike, *, floor: float) -> int | None:
+    """Return the index of the point with the lowest ASR among those of accuracy >= floor; None if there is none.
+
+    Of equal ASR the higher accuracy wins, then the first.
+    """
+    accuracy_N, asr_N = _points(top1, asr)
+    allowed = np.flatnonzero(accuracy_N >= floor)
+    if not len(allowed):
+        return None
+    order = np.lexsort((allowed, -accuracy_N[allowed], asr_N[allowed]))
+    return int(allowed[order[0]])
+
+
+def highest_top1(top1: ArrayLike, asr: ArrayLike, *, ceiling: float) -> int | None:
+    """Return the index of the most accurate point among those of ASR <= ceiling; None if there is none."""
+    accuracy_N, asr_N = _points(top1, asr)
+    allowed = np.flatnonzero(asr_N <= ceiling)
+    if not len(allowed):
+        return None
+    order = np.lexsort((allowed, asr_N[allowed], -accuracy_N[allowed]))
+    return int(allowed[order[0]])
+
+
+def largest_area(top1: Sequence[float], asr: Sequence[float]) -> int:
+    """Return the index of the point that alone dominates most, accuracy x (1 - ASR): a trial's best epoch."""
+    accuracy_N, asr_N = _points(top1, asr)
+    return int(np.argmax(accuracy_N * (1.0 - asr_N)))

@@ -1,0 +1,128 @@
+"""Fronts from hand-made rows: the search half decides, the report half is quoted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raybd import fronts
+
+BASE = (0.60, 0.99)
+# trial, epoch: (accuracy, ASR) on the search half, and on the report half.
+POINTS = {
+    ("t-a", 0): (BASE, (0.58, 0.98)),
+    ("t-a", 1): ((0.57, 0.10), (0.50, 0.20)),
+    ("t-a", 2): ((0.40, 0.05), (0.52, 0.06)),  # beats (t-a, 1) on the report half
+    ("t-b", 0): (BASE, (0.58, 0.98)),
+    ("t-b", 1): ((0.595, 0.50), (0.60, 0.55)),
+    ("t-b", 2): ((0.56, 0.30), (0.61, 0.01)),  # beaten on the search half, best of all on the report half
+    ("t-b", 3): ((0.39, 0.06), (0.38, 0.05)),  # beaten
+}
+TRIALS = [{"trial_id": "t-b", "number": 0}, {"trial_id": "t-a", "number": 1}]
+
+
+def _rows(points: dict[Any, Any] = POINTS, *, objective: str = "mmcl") -> list[dict[str, Any]]:
+    return [
+        {
+            "study": "demo",
+            "study_hash": "abc",
+            "pretrain_id": f"{objective}-1",
+            "objective": objective,
+            "method": "cleanclip",
+            "trial_id": trial,
+            "epoch": epoch,
+            "split": split,
+            "zeroshot_top1": top1,
+            "asr_top1": asr,
+        }
+        for (trial, epoch), halves in points.items()
+        for split, (top1, asr) in zip(("search", "report"), halves, strict=True)
+    ]
+
+
+def _members(rows: list[dict[str, Any]], kind: str, split: str) -> list[tuple[str, int]]:
+    return [(row["trial_id"], row["epoch"]) for row in rows if (row["kind"], row["split"]) == (kind, split)]
+
+
+def test_search_half_decides_and_report_half_has_the_same_points() -> None:
+    rows = fronts.compute(_rows(), TRIALS)
+    expected = [("t-a", 2), ("t-a", 1), ("t-b", 1), ("t-b", 0)]
+    assert _members(rows, "any_epoch", "search") == expected
+    assert _members(rows, "any_epoch", "report") == expected
+    quoted = {(row["trial_id"], row["epoch"]): row for row in rows if row["split"] == "report"}
+    assert quoted["t-a", 1]["zeroshot_top1"] == 0.50
+    assert quoted["t-a", 1]["asr_top1"] == 0.20
+    assert quoted["t-a", 1]["baseline_top1"] == 0.58
+    assert quoted["t-a", 1]["baseline_asr"] == 0.98
+
+
+def test_final_front_has_last_epochs_and_the_poisoned_model_only() -> None:
+    rows = fronts.compute(_rows(), TRIALS)
+    # The last of t-b (0.39, 0.06) is beaten by the last of t-a (0.40, 0.05).
+    assert _members(rows, "final", "search") == [("t-a", 2), ("t-b", 0)]
+
+
+def test_of_equal_points_the_trial_of_lowest_number_stands() -> None:
+    """All trials start from the same poisoned model: it is on the front once."""
+    rows = fronts.compute(_rows(), TRIALS)
+    assert [m for m in _members(rows, "any_epoch", "search") if m[1] == 0] == [("t-b", 0)]
+    turned = fronts.compute(_rows(), [{"trial_id": "t-b", "number": 1}, {"trial_id": "t-a", "number": 0}])
+    assert [m for m in _members(turned, "any_epoch", "search") if m[1] == 0] == [("t-a", 0)]
+    assert fronts.compute(list(reversed(_rows())), TRIALS) == rows
+
+
+def test_hypervolume_and_contributions_by_half() -> None:
+    rows = fronts.compute(_rows(), TRIALS)
+    searched = [row for row in rows if (row["kind"], row["split"]) == ("any_epoch", "search")]
+    area = 0.40 * 0.95 + 0.17 * 0.90 + 0.025 * 0.50 + 0.005 * 0.01
+    assert [row["hypervolume"] for row in searched] == pytest.approx([area] * 4)
+    assert searched[0]["hv_contribution"] == pytest.approx(0.40 * 0.05)
+    reported = [row for row in rows if (row["kind"], row["split"]) == ("any_epoch", "report")]
+    # On the report half (t-a, 1) = (0.50, 0.20) is beaten by (t-a, 2) = (0.52, 0.06), (t-b, 0) by (t-b, 1).
+    assert [row["hypervolume"] for row in reported] == pytest.approx([0.52 * 0.94 + 0.08 * 0.45] * 4)
+    # (t-a, 1) takes over part of what (t-a, 2) dominates: (t-a, 2) owns only the rest.
+    without = 0.50 * 0.80 + 0.10 * 0.45
+    assert reported[0]["hv_contribution"] == pytest.approx(0.52 * 0.94 + 0.08 * 0.45 - without)
+    assert reported[1]["hv_contribution"] == 0
+
+
+def test_checkpoints_of_cleaned_points_and_of_the_poisoned_model() -> None:
+    by_point = {(row["trial_id"], row["epoch"]): row["checkpoint"] for row in fronts.compute(_rows(), TRIALS)}
+    assert by_point["t-a", 1] == fronts.checkpoint_name("t-a", 1) == "weights/t-a/epoch-0001.safetensors"
+    assert by_point["t-b", 0] == "pretrained/mmcl-1.safetensors"
+
+
+def test_summary_chooses_on_search_and_quotes_its_own_half() -> None:
+    summaries = fronts.summarise(fronts.compute(_rows(), TRIALS))
+    assert [(s["kind"], s["split"]) for s in summaries] == [
+        ("any_epoch", "search"),
+        ("any_epoch", "report"),
+        ("final", "search"),
+        ("final", "report"),
+    ]
+    searched, reported = summaries[:2]
+    assert searched["baseline"] == {"zeroshot_top1": 0.60, "asr_top1": 0.99}
+    assert reported["baseline"] == {"zeroshot_top1": 0.58, "asr_top1": 0.98}
+    # At most 1 point below 0.60 on search: (0.595, 0.50) and not (0.57, 0.10); 3 points: just (0.57, 0.10).
+    chosen = {points: (p["trial_id"], p["epoch"]) for points, p in searched["best_asr_within"].items()}
+    assert chosen == {"1": ("t-b", 1), "3": ("t-a", 1), "5": ("t-a", 1)}
+    assert reported["best_asr_within"]["1"]["asr_top1"] == 0.55
+    assert reported["best_asr_within"]["3"]["asr_top1"] == 0.20  # though (t-b, 2) has 0.01 there
+    ceilings = {c: p and (p["trial_id"], p["epoch"]) for c, p in searched["best_top1_at_asr"].items()}
+    assert ceilings == {"0.01": None, "0.05": ("t-a", 2), "0.1": ("t-a", 1)}
+    assert reported["best_top1_at_asr"]["0.01"] is None
+    assert reported["best_top1_at_asr"]["0.1"]["zeroshot_top1"] == 0.50
+
+
+def test_objectives_have_fronts_of_their_own() -> None:
+    weak = {key: ((a[0] / 2, a[1]), (b[0] / 2, b[1])) for key, (a, b) in POINTS.items()}
+    other = [{**row, "trial_id": f"x{row['trial_id']}"} for row in _rows(weak, objective="mmcl_ssl")]
+    rows = fronts.compute([*other, *_rows()], TRIALS)
+    assert [row for row in rows if row["objective"] == "mmcl"] == fronts.compute(_rows(), TRIALS)
+    assert {row["baseline_top1"] for row in rows if row["objective"] == "mmcl_ssl"} == {0.30, 0.29}
+
+
+def test_nothing_in_nothing_out() -> None:
+    assert fronts.compute([], []) == []
+    assert fronts.summarise([]) == []
