@@ -1,0 +1,1 @@
+"""Shards, the decoded cache, augmented views, and importing other formats."""

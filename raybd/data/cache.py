@@ -1,0 +1,219 @@
+"""What has been read once: the index of a set of shards, and its decoded images as one memory-mapped array.
+
+Every process of a machine maps the same file, so trials share one copy of the images. An entry is named by what it
+was made from (shards with sizes and times, image size, which keys), written beside and renamed: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from raybd.data.shards import Index, RawSample, Skipped, decode, make_index, samples
+from raybd.errors import DataError
+from raybd.provenance import digest
+
+log = logging.getLogger(__name__)
+_FORMAT = 1
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded samples: row i of `index` has the uint8 image `pixels_MCHW[at_N[i]]`."""
+
+    index: Index
+    pixels_MCHW: NDArray[np.uint8]
+    at_N: NDArray[np.int64]
+
+    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return a copy of the images of some rows, uint8 [B, 3, H, W]."""
+        return np.ascontiguousarray(self.pixels_MCHW[self.at_N[rows]])
+
+    def take(self, rows: NDArray[np.int64]) -> Images:
+        """Return the samples of some rows; the pixels stay where they are."""
+        return Images(self.index.take(rows), self.pixels_MCHW, self.at_N[rows])
+
+
+def folder(cache_dir: str | None) -> Path:
+    """Return the folder of all entries: the one asked for, `$RAYBD_CACHE`, or the user's cache folder."""
+    chosen = cache_dir or os.environ.get("RAYBD_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.access(os.path.dirname(base) or "/", os.W_OK):
+        return Path(base) / "raybd"
+    return Path(tempfile.gettempdir()) / f"raybd-{getpass.getuser()}"
+
+
+def fingerprint(shards: Sequence[str]) -> str:
+    """Return a hash of shards by name, size and time of change; a shard that is replaced changes it."""
+    facts = []
+    for url in shards:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        try:
+            info = filesystem.info(path)
+        except FileNotFoundError:
+            raise DataError("no such shard", where=url) from None
+        stamp = info.get("mtime") or info.get("LastModified") or info.get("ETag") or info.get("updated")
+        facts.append([url, info.get("size"), str(stamp)])
+    return digest(facts, length=16)
+
+
+def content_hash(index: Index) -> str:
+    """Return a hash of what the samples are, wherever they lie: keys, captions and labels."""
+    return digest([index.keys.tolist(), index.captions.tolist(), index.labels.tolist()])
+
+
+def load_index(shards: Sequence[str], *, cache_dir: str | None, labelled: bool = False) -> Index:
+    """Return the index of shards without decoding images; read from the cache where it has been made before.
+
+    Errors: DataError on a shard that cannot be read, or two samples with one key.
+    """
+    home = folder(cache_dir) / f"index-{digest([_FORMAT, fingerprint(shards), labelled])}"
+    found = _read(home)
+    if found is None:
+        index = make_index(shards, list(_read_all(shards)), labelled=labelled)
+        _commit(home, index, None)
+        return index
+    return found.index
+
+
+def load_images(
+    shards: Sequence[str],
+    *,
+    size: int,
+    cache_dir: str | None,
+    labelled: bool = False,
+    keys: Collection[str] | None = None,
+) -> Images:
+    """Return decoded images of shards, all or those of `keys`; broken ones are among `index.skipped`.
+
+    Args:
+        size: side of the square images, pixels.
+        labelled: a sample without a label counts as unusable.
+
+    Errors: DataError.
+    """
+    wanted = digest(sorted(keys)) if keys is not None else None
+    home = folder(cache_dir) / f"images-{digest([_FORMAT, fingerprint(shards), size, labelled, wanted])}"
+    found = _read(home)
+    if found is None:
+        _decode_to(home, shards, size=size, labelled=labelled, keys=keys)
+        found = _read(home)
+        assert found is not None
+    return found
+
+
+def _read_all(shards: Sequence[str]) -> Iterator[tuple[int, RawSample]]:
+    """Yield (shard number, sample without its image bytes) of every shard."""
+    for number, url in enumerate(shards):
+        for sample in samples(url):
+            yield number, RawSample(**{**asdict(sample), "image": b""})
+
+
+def _decode_to(home: Path, shards: Sequence[str], *, size: int, labelled: bool, keys: Collection[str] | None) -> None:
+    """Decode into a temporary file beside the entry, then commit it."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    # An unlinked temporary file: a process that dies leaves nothing behind.
+    with tempfile.TemporaryFile(dir=home.parent) as pixels, ThreadPoolExecutor() as pool:
+        entries: list[tuple[int, RawSample]] = []
+        for chunk in _chunks(_wanted(shards, keys)):
+            for (number, sample), image in zip(chunk, pool.map(lambda pair: _try(pair[1], size), chunk), strict=True):
+                problem = image if isinstance(image, str) else "no label" if labelled and sample.label < 0 else ""
+                entries.append((number, RawSample(**{**asdict(sample), "image": b"", "problem": problem})))
+                if not isinstance(image, str) and not problem:
+                    pixels.write(image.tobytes())
+        index = make_index(shards, entries, labelled=labelled)
+        pixels.seek(0)
+        _commit(home, index, pixels, shape=(len(index), 3, size, size))
+
+
+def _wanted(shards: Sequence[str], keys: Collection[str] | None) -> Iterator[tuple[int, RawSample]]:
+    wanted = set(keys) if keys is not None else None
+    for number, url in enumerate(shards):
+        for sample in samples(url):
+            if wanted is None or sample.key in wanted:
+                yield number, sample
+
+
+def _chunks(found: Iterable[tuple[int, RawSample]]) -> Iterator[list[tuple[int, RawSample]]]:
+    chunk = []
+    for pair in found:
+        chunk.append(pair)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _try(sample: RawSample, size: int) -> NDArray[np.uint8] | str:
+    if sample.problem:
+        return sample.problem
+    try:
+        return decode(sample.image, size)
+    except ValueError as error:
+        return str(error)
+
+
+def _commit(home: Path, index: Index, pixels: Any, shape: tuple[int, ...] = ()) -> None:
+    """Write an entry beside its place and rename it there; a process that was faster wins."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    temporary = home.parent / f".{home.name}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        meta = {
+            "shards": index.shards,
+            "keys": index.keys.tolist(),
+            "captions": index.captions.tolist(),
+            "labels": index.labels.tolist(),
+            "shard": index.shard.tolist(),
+            "row": index.row.tolist(),
+            "skipped": [asdict(skip) for skip in index.skipped],
+            "shape": shape,
+        }
+        (temporary / "index.json").write_text(json.dumps(meta), encoding="utf-8")
+        if pixels is not None:
+            with open(temporary / "pixels.u8", "wb") as target:
+                shutil.copyfileobj(pixels, target, 1 << 22)
+        temporary.rename(home)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not home.is_dir():
+            raise
+
+
+def _read(home: Path) -> Images | None:
+    try:
+        meta = json.loads((home / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    index = Index(
+        shards=tuple(meta["shards"]),
+        keys=np.array(meta["keys"], dtype=np.str_),
+        captions=np.array(meta["captions"], dtype=object),
+        labels=np.array(meta["labels"], dtype=np.int64),
+        shard=np.array(meta["shard"], dtype=np.int64),
+        row=np.array(meta["row"], dtype=np.int64),
+        skipped=tuple(Skipped(**skip) for skip in meta["skipped"]),
+    )
+    shape = tuple(meta["shape"])
+    if not shape or not shape[0]:
+        return Images(index, np.zeros(shape or (0,), dtype=np.uint8), np.arange(0))
+    pixels = np.memmap(home / "pixels.u8", dtype=np.uint8, mode="r", shape=shape)
+    return Images(index, pixels, np.arange(shape[0]))

@@ -1,0 +1,271 @@
+"""Training batches: poisoned as planned, augmented, tokenised; from decoded images in memory or streamed from shards.
+
+Both sources cut an epoch alike: `steps(n, batch)` global batches of almost equal size, never above the one asked
+for, in which each sample is once. The ranks of a DDP run share each of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from raybd.data.cache import Images
+from raybd.data.shards import Index, decode, samples
+from raybd.data.views import image_views, text_view
+from raybd.errors import DataError
+from raybd.poison.plan import PoisonPlan
+from raybd.seeding import fork
+from raybd.study import ImageView, TextView
+
+Tokenize = Callable[[list[str]], Tensor]
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        images_BCHW, tokens_BL: uint8 images and tokens of their captions.
+        image_views_BCHW, token_views_BL: the same, augmented; None where no SSL term asks for them.
+        poisoned: how many of the pairs carry the trigger.
+        broken: how many samples of this part could not be decoded and are missing from it.
+    """
+
+    images_BCHW: Tensor
+    tokens_BL: Tensor
+    image_views_BCHW: Tensor | None
+    token_views_BL: Tensor | None
+    poisoned: int
+    broken: int = 0
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """What happens to a sample between its shard and the model. Depends on seed, epoch and key alone."""
+
+    plan: PoisonPlan
+    tokenize: Tokenize
+    views: tuple[ImageView, TextView] | None
+    seed: int
+
+    def images(self, images: list[Tensor], keys: Sequence[str], *, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return images as the model gets them, and their augmented views, uint8 [B, 3, H, W]."""
+        images_BCHW = torch.stack([self.plan.image(image, key) for image, key in zip(images, keys, strict=True)])
+        if self.views is None:
+            return images_BCHW, None
+        seeds = [fork(self.seed, "image_view", epoch, key) for key in keys]
+        return images_BCHW, image_views(images_BCHW, self.views[0], seeds=seeds)
+
+    def tokens(self, captions: Sequence[str], keys: Sequence[str], *, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return tokens of captions as the model gets them, and of their augmented views, [B, L]."""
+        given = [self.plan.caption(caption, key) for caption, key in zip(captions, keys, strict=True)]
+        if self.views is None:
+            return self.tokenize(given), None
+        augmented = [
+            text_view(caption, self.views[1], seed=fork(self.seed, "text_view", epoch, key))
+            for caption, key in zip(given, keys, strict=True)
+        ]
+        return self.tokenize(given), self.tokenize(augmented)
+
+
+class Pairs(Protocol):
+    """A source of training pairs."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield one rank's batches of an epoch; every rank yields `steps(len(self), batch_size)` of them."""
+        ...
+
+
+def steps(total: int, batch_size: int) -> int:
+    """Return the number of global batches of an epoch."""
+    return -(-total // batch_size)
+
+
+def bounds(total: int, count: int) -> list[tuple[int, int]]:
+    """Cut range(total) into `count` pieces whose sizes differ by at most one."""
+    cuts = [total * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(cuts))
+
+
+def check_batches(total: int, batch_size: int, world_size: int) -> None:
+    """Raise DataError where a rank's part of some batch would be empty."""
+    if total // steps(total, batch_size) < world_size:
+        raise DataError(
+            f"{total} training pairs in batches of {batch_size} leave nothing for some of {world_size} workers",
+            fix="use fewer workers, a larger batch, or more data",
+        )
+
+
+class CachedPairs:
+    """Pairs whose decoded images are in memory (or mapped into it), shuffled as a whole in each epoch."""
+
+    def __init__(self, images: Images, prepare: Prepare) -> None:
+        self._images, self._prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self._images.index)
+
+    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield one rank's batches of an epoch."""
+        check_batches(len(self), batch_size, world_size)
+        order_N = np.random.default_rng(fork(self._prepare.seed, "order", epoch)).permutation(len(self))
+        for start, stop in bounds(len(self), steps(len(self), batch_size)):
+            yield self._batch(order_N[start:stop][rank::world_size], epoch)
+
+    def _batch(self, rows: NDArray[np.int64], epoch: int) -> Batch:
+        index = self._images.index
+        keys = [str(key) for key in index.keys[rows]]
+        pixels_BCHW = torch.from_numpy(self._images.pixels(rows))
+        images_BCHW, image_views_BCHW = self._prepare.images(list(pixels_BCHW), keys, epoch=epoch)
+        tokens_BL, token_views_BL = self._prepare.tokens(list(index.captions[rows]), keys, epoch=epoch)
+        poisoned = sum(key in self._prepare.plan.rows for key in keys)
+        return Batch(images_BCHW, tokens_BL, image_views_BCHW, token_views_BL, poisoned)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A sample on its way from a loader worker: its image and view, or neither if it is broken."""
+
+    key: str
+    caption: str
+    image_CHW: Tensor | None
+    image_view_CHW: Tensor | None
+
+
+class StreamedPairs:
+    """Pairs read from shards in a new order each epoch, mixed in a buffer; nothing is kept.
+
+    Args:
+        index: of all samples; it fixes who reads what, so that the parts of the ranks differ by at most one sample.
+        size: side of the square images, pixels.
+        workers: decoding processes of each rank; 0 decodes in this one.
+        shuffle_buffer: samples that each of them mixes.
+    """
+
+    def __init__(self, index: Index, prepare: Prepare, *, size: int, workers: int, shuffle_buffer: int) -> None:
+        self._index, self._prepare, self._size = index, prepare, size
+        self._workers, self._buffer = workers, shuffle_buffer
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield one rank's batches of an epoch."""
+        check_batches(len(self), batch_size, world_size)
+        start, stop = bounds(len(self), world_size)[rank]
+        stream = _Stream(self._index, self._prepare, self._size, self._buffer, epoch, start, stop)
+        loader: DataLoader[list[_Item]] = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self._workers,
+            multiprocessing_context="spawn" if self._workers else None,
+        )
+        items = (item for chunk in loader for item in chunk)
+        for low, high in bounds(stop - start, steps(len(self), batch_size)):
+            yield self._batch([next(items) for _ in range(high - low)], epoch)
+
+    def _batch(self, items: list[_Item], epoch: int) -> Batch:
+        whole = [item for item in items if item.image_CHW is not None]
+        if not whole:
+            raise DataError(
+                f"all {len(items)} samples of a batch are broken, {items[0].key} among them", fix="mend the shards"
+            )
+        keys = [item.key for item in whole]
+        tokens_BL, token_views_BL = self._prepare.tokens([item.caption for item in whole], keys, epoch=epoch)
+        views = [item.image_view_CHW for item in whole if item.image_view_CHW is not None]
+        return Batch(
+            images_BCHW=torch.stack([item.image_CHW for item in whole if item.image_CHW is not None]),
+            tokens_BL=tokens_BL,
+            image_views_BCHW=torch.stack(views) if views else None,
+            token_views_BL=token_views_BL,
+            poisoned=sum(key in self._prepare.plan.rows for key in keys),
+            broken=len(items) - len(whole),
+        )
+
+
+class _Stream(IterableDataset[list[_Item]]):
+    """The samples start … stop of an epoch's order of shards, split among the loader's workers."""
+
+    def __init__(
+        self, index: Index, prepare: Prepare, size: int, buffer: int, epoch: int, start: int, stop: int
+    ) -> None:
+        self._index, self._prepare, self._size, self._buffer = index, prepare, size, buffer
+        self._epoch, self._start, self._stop = epoch, start, stop
+
+    def __iter__(self) -> Iterator[list[_Item]]:
+        info = get_worker_info()
+        number, count = (info.id, info.num_workers) if info else (0, 1)
+        if info:
+            torch.set_num_threads(1)
+        low, high = bounds(self._stop - self._start, count)[number]
+        rows = self._order()[self._start + low : self._start + high]
+        chunk: list[tuple[int, Tensor | None]] = []
+        for pair in self._mixed(self._read(rows), number):
+            chunk.append(pair)
+            if len(chunk) == _CHUNK:
+                yield self._items(chunk)
+                chunk = []
+        if chunk:
+            yield self._items(chunk)
+
+    def _order(self) -> NDArray[np.int64]:
+        """Return the rows of the index in this epoch's order of shards."""
+        draw = np.random.default_rng(fork(self._prepare.seed, "shards", self._epoch))
+        place = np.empty(len(self._index.shards), dtype=np.int64)
+        place[draw.permutation(len(place))] = np.arange(len(place))
+        return np.lexsort((self._index.row, place[self._index.shard]))
+
+    def _read(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, Tensor | None]]:
+        """Yield (row of the index, decoded image or None where it is broken), shard by shard."""
+        by_shard: dict[int, dict[int, int]] = {}
+        for row in rows.tolist():
+            by_shard.setdefault(int(self._index.shard[row]), {})[int(self._index.row[row])] = row
+        for number, wanted in by_shard.items():
+            last = max(wanted)
+            for sample in samples(self._index.shards[number]):
+                row = wanted.get(sample.row, -1)
+                if row >= 0:
+                    try:
+                        yield row, torch.from_numpy(decode(sample.image, self._size))
+                    except ValueError:
+                        yield row, None
+                if sample.row >= last:
+                    break
+
+    def _mixed(self, found: Iterator[tuple[int, Tensor | None]], number: int) -> Iterator[tuple[int, Tensor | None]]:
+        """Shuffle a stream within a buffer."""
+        draw = np.random.default_rng(fork(self._prepare.seed, "mix", self._epoch, self._start, number))
+        held: list[tuple[int, Tensor | None]] = []
+        for pair in found:
+            held.append(pair)
+            if len(held) >= self._buffer:
+                i = int(draw.integers(len(held)))
+                held[i], held[-1] = held[-1], held[i]
+                yield held.pop()
+        for i in draw.permutation(len(held)):
+            yield held[int(i)]
+
+    def _items(self, chunk: list[tuple[int, Tensor | None]]) -> list[_Item]:
+        whole = [(row, image) for row, image in chunk if image is not None]
+        keys = [str(self._index.keys[row]) for row, _ in whole]
+        ready: dict[int, tuple[Tensor, Tensor | None]] = {}
+        if whole:
+            images, views = self._prepare.images([image for _, image in whole], keys, epoch=self._epoch)
+            for i, (row, _) in enumerate(whole):
+                # Copies: a slice of the stacked batch would carry the whole of it to the trainer.
+                ready[row] = (images[i].clone(), views[i].clone() if views is not None else None)
+        return [
+            _Item(str(self._index.keys[row]), str(self._index.captions[row]), *ready.get(row, (None, None)))
+            for row, _ in chunk
+        ]

@@ -1,0 +1,288 @@
+"""Webdataset shards: finding them, reading their samples, and the index of all there is.
+
+A sample is `KEY.jpg|jpeg|png|webp`, `KEY.txt` (caption) and `KEY.json` (`label`, `class_name`), as webdataset groups
+them. Shards are local files or fsspec URLs, `.tar` or `.tar.gz`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import fsspec
+import numpy as np
+from braceexpand import braceexpand
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from raybd.errors import DataError
+from raybd.study import Data
+from raybd.study_file import embedded
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MAX_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as it lies in a shard; `problem` says why it cannot be used, "" if it can.
+
+    Attributes:
+        row: its place among the samples of its shard.
+        label: class number, -1 where there is none.
+    """
+
+    key: str
+    row: int
+    image: bytes
+    caption: str
+    label: int
+    class_name: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """All usable samples, in the order of shards and rows. Every array has shape [N]."""
+
+    shards: tuple[str, ...]
+    keys: NDArray[np.str_]
+    captions: NDArray[np.object_]
+    labels: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    skipped: tuple[Skipped, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, chosen: NDArray[np.int64] | Sequence[int]) -> Index:
+        """Return the index of the chosen samples, in the order given."""
+        rows = np.asarray(chosen, dtype=np.int64)
+        return replace(
+            self,
+            keys=self.keys[rows],
+            captions=self.captions[rows],
+            labels=self.labels[rows],
+            shard=self.shard[rows],
+            row=self.row[rows],
+        )
+
+
+def data_root(data: Data) -> str:
+    """Return the folder or URL of a study's data; an embedded set's name is looked up in the package."""
+    folder = embedded(data.root)
+    return str(folder) if folder else data.root
+
+
+def find_shards(data: Data, patterns: str | Sequence[str], *, field_name: str) -> list[str]:
+    """Return the shards that a pattern (glob, brace list, or a list of them) stands for, each once, in order.
+
+    Errors: DataError that names the pattern or the shards that are not there.
+    """
+    found: list[str] = []
+    missing: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for name in braceexpand(pattern):
+            url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
+            filesystem, path = _filesystem(url, field_name)
+            if any(mark in name for mark in "*?["):
+                matched = sorted(str(match) for match in filesystem.glob(path))
+                found += [filesystem.unstrip_protocol(match) if "://" in url else match for match in matched]
+                missing += [] if matched else [url]
+            elif filesystem.exists(path):
+                found.append(url)
+            else:
+                missing.append(url)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(
+            f"no such shard: {', '.join(missing[:3])}{more}",
+            where=field_name,
+            fix="set data.root to where the shards are",
+        )
+    return list(dict.fromkeys(found))
+
+
+def _filesystem(url: str, field_name: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"cannot open {url}: {error}", where=field_name) from None
+
+
+def samples(url: str) -> Iterator[RawSample]:
+    """Yield the samples of a shard in their order, unusable ones too.
+
+    Errors: DataError where the shard itself cannot be read to its end.
+    """
+    try:
+        with fsspec.open(url, "rb") as stream:
+            files = tar_file_expander(iter([{"url": url, "stream": stream}]))
+            for row, sample in enumerate(group_by_keys(files)):
+                yield _raw(sample, row)
+    except FileNotFoundError:
+        raise DataError("no such shard", where=url) from None
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        reason = str(error.args[0]) if error.args else type(error).__name__
+        raise DataError(f"shard cannot be read: {reason}", where=url, fix="fetch or write it again") from None
+
+
+def _raw(sample: dict[str, Any], row: int) -> RawSample:
+    problem, caption = "", ""
+    meta: Any = {}
+    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), b"")
+    try:
+        caption = sample["txt"].decode("utf-8").strip() if "txt" in sample else ""
+        meta = json.loads(sample["json"]) if "json" in sample else {}
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        problem = f"caption or json unreadable: {error}"
+    if not isinstance(meta, dict):
+        problem, meta = "json is not an object", {}
+    label = meta.get("label")
+    if not caption and isinstance(meta.get("caption"), str):
+        caption = meta["caption"]
+    if not problem:
+        problem = "no image" if not image else "no caption" if not caption else ""
+    return RawSample(
+        key=sample["__key__"],
+        row=row,
+        image=image,
+        caption=caption,
+        label=label if isinstance(label, int) and not isinstance(label, bool) else -1,
+        class_name=str(meta.get("class_name", "")),
+        problem=problem,
+    )
+
+
+def decode(content: bytes, size: int) -> NDArray[np.uint8]:
+    """Return an image as uint8 [3, size, size]: the shorter side resized (bicubic), the centre cut out.
+
+    Errors: ValueError that says what is wrong with the image.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"image of {image.width}x{image.height} pixels is larger than {_MAX_PIXELS} pixels")
+            if image.format == "JPEG":
+                image.draft("RGB", (size, size))
+            picture = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"broken image: {error}") from None
+    if picture.size != (size, size):
+        scale = size / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture = picture.crop((left, top, left + size, top + size))
+    return np.ascontiguousarray(np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def make_index(shards: Sequence[str], found: Sequence[tuple[int, RawSample]], *, labelled: bool = False) -> Index:
+    """Make the index of samples read from shards.
+
+    Args:
+        found: (number of the shard, sample), in order.
+        labelled: samples without a label are unusable.
+
+    Errors: DataError where two samples have one key.
+    """
+    usable: list[tuple[int, RawSample]] = []
+    skipped: list[Skipped] = []
+    seen: dict[str, int] = {}
+    for number, sample in found:
+        problem = sample.problem or ("no label" if labelled and sample.label < 0 else "")
+        if problem:
+            skipped.append(Skipped(shards[number], sample.key, problem))
+            continue
+        if sample.key in seen:
+            raise DataError(
+                f"two samples have the key {sample.key!r}",
+                where=f"{shards[seen[sample.key]]} and {shards[number]}",
+                fix="keys tell poisoned from clean pairs, so they must differ; `raybd data import` writes such shards",
+            )
+        seen[sample.key] = number
+        usable.append((number, sample))
+    return Index(
+        shards=tuple(shards),
+        keys=np.array([sample.key for _, sample in usable], dtype=np.str_),
+        captions=np.array([sample.caption for _, sample in usable], dtype=object),
+        labels=np.array([sample.label for _, sample in usable], dtype=np.int64),
+        shard=np.array([number for number, _ in usable], dtype=np.int64),
+        row=np.array([sample.row for _, sample in usable], dtype=np.int64),
+        skipped=tuple(skipped),
+    )
+
+
+def check_share(index: Index, *, most: float, what: str) -> None:
+    """Raise DataError where more than the share `most` of the samples is unusable, or none is usable."""
+    total = len(index) + len(index.skipped)
+    if not len(index):
+        raise DataError(f"no usable sample among {total}", where=what, fix=_reasons(index))
+    if len(index.skipped) > most * total:
+        first = index.skipped[0]
+        raise DataError(
+            f"{len(index.skipped)} of {total} samples are unusable: {_reasons(index)}",
+            where=what,
+            expected=f"at most {most:.2%} (data.max_broken)",
+            fix=f"mend the shards (first: {first.key} in {first.shard}: {first.reason}) or raise data.max_broken",
+        )
+
+
+def _reasons(index: Index) -> str:
+    counted = Counter(skip.reason.partition(":")[0] for skip in index.skipped)
+    return ", ".join(f"{number} x {reason}" for reason, number in counted.most_common(5))
+
+
+def classes(data: Data) -> list[str]:
+    """Return the class names of a study, by label. Errors: DataError."""
+    if data.classes == "imagenet":
+        import open_clip
+
+        return list(open_clip.IMAGENET_CLASSNAMES)
+    name = data.classes
+    url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
+    try:
+        with fsspec.open(url, "rb") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        raise DataError("no such class file", where=url, fix="set data.root or data.classes") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"not JSON: {error}", where=url) from None
+    try:
+        by_label = {int(entry["label"]): str(entry["class_name"]) for entry in found}
+    except (TypeError, KeyError, ValueError):
+        raise DataError("not a list of classes", where=url, expected='[{"label": 0, "class_name": "…"}, …]') from None
+    if sorted(by_label) != list(range(len(by_label))) or len(by_label) != len(found):
+        raise DataError("labels must be 0, 1, 2, … each once", where=url)
+    return [by_label[label] for label in range(len(by_label))]
+
+
+def target_label(data: Data, target_class: str) -> int:
+    """Return the label of the target class. Errors: DataError that suggests names alike."""
+    names = classes(data)
+    if target_class not in names:
+        close = difflib.get_close_matches(target_class, names, n=3)
+        known = ", ".join(close) if close else ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+        raise DataError(
+            f"no class {target_class!r} among the {len(names)} classes of {data.root}",
+            where="poison.target_class",
+            fix=f"one of: {known}",
+        )
+    return names.index(target_class)
