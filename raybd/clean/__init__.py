@@ -1,0 +1,1 @@
+"""Cleaning methods, one file for each family."""

@@ -1,0 +1,152 @@
+"""One cleaning trial: load the poisoned model, finetune it with a method, record every epoch, keep what may matter."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from raybd import checkpoint
+from raybd.clean.cleanclip import cleanclip
+from raybd.errors import RaybdError, StudyError
+from raybd.fronts import checkpoint_name
+from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.metrics import Counts
+from raybd.model import create, load_weights
+from raybd.seeding import fork
+from raybd.space import Value
+from raybd.store import Store
+from raybd.study import Study
+from raybd.train.context import LedgerContext
+from raybd.train.inputs import inputs_for
+from raybd.train.pretraining import weights_name
+
+log = logging.getLogger(__name__)
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a trial is to do.
+
+    Attributes:
+        number: its place among the trials of its pretrain objective, from 0.
+        params: the searched settings, by dotted name.
+    """
+
+    trial_id: str
+    number: int
+    objective: str
+    pretrain_id: str
+    params: Mapping[str, Value]
+
+
+def start_record(study: Study, task: Assignment) -> dict[str, Any]:
+    """Return what the ledger keeps of a trial's start. Errors: StudyError where the settings do not fit together."""
+    try:
+        settings = study.clean.settings(task.params)
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise StudyError(f"settings {dict(task.params)} do not fit together: {reasons}", where=task.trial_id) from None
+    return {
+        "study": study.name,
+        "study_hash": study.hash(),
+        "trial_id": task.trial_id,
+        "number": task.number,
+        "objective": task.objective,
+        "pretrain_id": task.pretrain_id,
+        "method": settings.method,
+        "params": dict(task.params),
+        "settings": settings.model_dump(mode="json"),
+        "seed": fork(study.seed, "trial", task.objective, task.number),
+        "started": datetime.now(UTC).isoformat(),
+    }
+
+
+def point(record: Mapping[str, Any]) -> Point:
+    """Return accuracy and ASR on the search half, from an epoch's record."""
+    found = Counts(**record["counts"]["search"]).columns()
+    return float(found["zeroshot_top1"]), float(found["asr_top1"])
+
+
+class _Keeper:
+    """Keeps the weights of epochs that could be on a front: not beaten by another epoch of the same trial, or last."""
+
+    def __init__(self, entry_epochs: Mapping[int, Mapping[str, Any]], trial_id: str, epochs: int) -> None:
+        self._points = {epoch: point(record) for epoch, record in entry_epochs.items()}
+        self._trial_id, self._last = trial_id, epochs
+
+    def __call__(self, epoch: int, record: Mapping[str, Any]) -> str | None:
+        top1, asr = point(record)
+        beaten = any(
+            other_top1 >= top1 and other_asr <= asr for e, (other_top1, other_asr) in self._points.items() if e != epoch
+        )
+        self._points[epoch] = (top1, asr)
+        # Epoch 0 is the poisoned model itself, which is kept already.
+        return checkpoint_name(self._trial_id, epoch) if epoch and (epoch == self._last or not beaten) else None
+
+
+def run_trial(
+    study: Study,
+    store: Store,
+    task: Assignment,
+    *,
+    device: torch.device,
+    notify: Callable[[int, dict[str, Any]], None] = lambda epoch, record: None,
+) -> Entry:
+    """Run a trial to its end, from where an earlier attempt was left, and return its ledger entry.
+
+    A failure of the trial itself is recorded with its reason and first traceback, and is no error here.
+    """
+    ledger = Ledger(store)
+    record = start_record(study, task)
+    ledger.start(Kind.TRIAL, task.trial_id, record)
+    # The clock is for device_seconds only.
+    clock = time.perf_counter()
+    ended: dict[str, Any] = {"state": State.COMPLETE}
+    try:
+        context = LedgerContext(
+            store=store,
+            kind=Kind.TRIAL,
+            id=task.trial_id,
+            device=device,
+            keep=_Keeper(ledger.entry(Kind.TRIAL, task.trial_id).epochs, task.trial_id, record["settings"]["epochs"]),
+            notify=notify,
+        )
+        ended["weight_decay_in_force"] = _clean(study, task, context, seed=record["seed"])
+    except Exception as error:
+        log.debug("trial %s failed", task.trial_id, exc_info=True)
+        store.put(f"errors/{task.trial_id}.txt", traceback.format_exc().encode())
+        message = error.what if isinstance(error, RaybdError) else str(error)
+        ended = {
+            "state": State.FAILED,
+            "error_type": type(error).__name__,
+            "error_message": message.splitlines()[0][:500] if message else type(error).__name__,
+        }
+    ended |= {
+        "ended": datetime.now(UTC).isoformat(),
+        "device_seconds": time.perf_counter() - clock,
+        "node": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    entry = ledger.end(Kind.TRIAL, task.trial_id, ended)
+    LedgerContext(store=store, kind=Kind.TRIAL, id=task.trial_id).drop_state()
+    return entry
+
+
+def _clean(study: Study, task: Assignment, context: LedgerContext, *, seed: int) -> float:
+    inputs = inputs_for(study)
+    settings = study.clean.settings(task.params)
+    clip = create(study.model.name, seed=0)
+    name = weights_name(task.pretrain_id)
+    load_weights(clip, checkpoint.from_bytes(context.store.get(name), where=name), where=name)
+    pairs = inputs.cleaning_pairs(settings, clip, seed=seed)
+    return cleanclip(clip, pairs, settings, context, inputs.evaluation_set)

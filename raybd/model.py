@@ -1,0 +1,197 @@
+"""Models: open_clip's by name, and small ones for 32-pixel images registered beside them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from torch import Tensor, nn
+
+from raybd.errors import CheckpointError, StudyError
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut; the first may halve the resolution."""
+
+    def __init__(self, width_in: int, width_out: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or width_in != width_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class TinyResNet(nn.Module):
+    """A residual net for 32-pixel images: a stem and three stages that halve the resolution, mean-pooled features.
+
+    It has what open_clip's timm wrapper asks of a trunk: `num_features`, `default_cfg`, `reset_classifier`.
+    """
+
+    def __init__(self, *, widths: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        stem, *stages = widths
+        self.num_features = widths[-1]
+        self.default_cfg = {"pool_size": (4, 4), "input_size": (3, 32, 32)}
+        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        blocks = [_Block(a, b, stride=2) for a, b in zip(widths[:-1], stages, strict=True)]
+        self.blocks = nn.Sequential(*blocks)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Accept open_clip's call: there is no classifier to reset."""
+        if num_classes or global_pool not in (None, "avg"):
+            raise ValueError("TinyResNet gives mean-pooled features only")
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(image_BCHW)))
+        return self.blocks(x).mean(dim=(2, 3))
+
+
+def raybd_resnet_tiny(**_: Any) -> TinyResNet:
+    """Build the trunk of `resnet-tiny-32` (timm entry point): 0.3 M parameters."""
+    return TinyResNet(widths=(16, 32, 64, 128))
+
+
+raybd_resnet_tiny.__module__ = "timm.models.raybd"  # timm files an entry point under the last part of its module's name
+_CONFIGS = Path(__file__).parent / "model_configs"
+
+
+@cache
+def register() -> None:
+    """Make raybd's small models known to open_clip; calling it again does nothing."""
+    sys.modules.setdefault("timm.models.raybd", types.ModuleType("timm.models.raybd"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        timm.models.register_model(raybd_resnet_tiny)
+    open_clip.add_model_config(_CONFIGS)
+
+
+def names() -> list[str]:
+    """Return every model name that a study may give."""
+    register()
+    return sorted(open_clip.list_models())
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model with what belongs to it.
+
+    Attributes:
+        net: the module; `net(images_BCHW, tokens_BL)` gives normalised features and the logit scale.
+        image_size: side of the square image it takes, pixels.
+        mean, std: of the normalisation, in units of [0, 1].
+    """
+
+    name: str
+    net: nn.Module
+    tokenizer: Any
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Return tokens of texts, int64 [N, L]; texts too long are cut as open_clip cuts them."""
+        return self.tokenizer(texts)
+
+    def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """Return uint8 images as normalised float32, on their device."""
+        mean = torch.tensor(self.mean, device=image_BCHW.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=image_BCHW.device).view(1, -1, 1, 1)
+        return (image_BCHW.float() / 255 - mean) / std
+
+
+def check_name(name: str) -> None:
+    """Raise StudyError unless `name` is a model."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=3)
+        raise StudyError(
+            f"no model of the name {name!r}",
+            where="model.name",
+            fix=f"did you mean {', '.join(close)}?" if close else "",
+        )
+
+
+def image_size(name: str) -> int:
+    """Return the side of the square image that a model takes, in pixels, without building it. Errors: StudyError."""
+    check_name(name)
+    size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip from warning, through the root logger, that weights are random: here they are meant to be."""
+    root = logging.getLogger()
+    root.addFilter(_not_random_weights)
+    try:
+        yield
+    finally:
+        root.removeFilter(_not_random_weights)
+
+
+def _not_random_weights(record: logging.LogRecord) -> bool:
+    return "initialized randomly" not in record.getMessage()
+
+
+def create(name: str, *, seed: int) -> Clip:
+    """Build a model with random weights drawn from `seed`. Errors: StudyError on an unknown name."""
+    check_name(name)
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        net = open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False)
+    found = open_clip.get_model_preprocess_cfg(net)
+    size = found["size"]
+    return Clip(
+        name=name,
+        net=net,
+        tokenizer=open_clip.get_tokenizer(name),
+        image_size=int(size[0] if isinstance(size, list | tuple) else size),
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+    )
+
+
+def load_weights(clip: Clip, weights: dict[str, Tensor], *, where: str) -> None:
+    """Put weights into a model, all of them. Errors: CheckpointError that names what does not fit."""
+    own = clip.net.state_dict()
+    missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if missing or extra or wrong:
+        faults = [
+            *(f"{name} is missing" for name in missing[:3]),
+            *wrong[:3],
+            *(f"{name} is not known" for name in extra[:3]),
+        ]
+        raise CheckpointError(
+            f"weights of another model: {'; '.join(faults)} "
+            f"({len(missing)} missing, {len(wrong)} of another shape, {len(extra)} unknown)",
+            where=where,
+            expected=f"weights of {clip.name}",
+            fix="set model.name to the model that the checkpoint holds",
+        )
+    clip.net.load_state_dict(weights)

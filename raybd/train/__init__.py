@@ -1,0 +1,1 @@
+"""The training loop, its schedule, and the context that tells it where it runs."""

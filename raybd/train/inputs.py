@@ -1,0 +1,217 @@
+"""What a study's stages work on: classes, training pairs, poison plan, cleaning pairs, evaluation set, models."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raybd import checkpoint
+from raybd.data import cache, shards
+from raybd.data.cache import Images
+from raybd.data.pairs import CachedPairs, Pairs, Prepare, StreamedPairs
+from raybd.data.shards import Index
+from raybd.errors import DataError
+from raybd.evaluate import EvaluationSet, make_set
+from raybd.model import Clip, create, image_size, load_weights
+from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
+from raybd.provenance import code_version, digest
+from raybd.seeding import fork
+from raybd.study import Study, TrainSettings
+
+log = logging.getLogger(__name__)
+
+
+class Inputs:
+    """A study's inputs, each made when it is first asked for and then kept."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    @cached_property
+    def image_size(self) -> int:
+        """Side of the image that the model sees, in pixels."""
+        return image_size(self.study.model.name)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Class names, by label."""
+        return shards.classes(self.study.data)
+
+    @cached_property
+    def target(self) -> int:
+        """Label of the target class."""
+        return shards.target_label(self.study.data, self.study.poison.target_class)
+
+    @cached_property
+    def _train_shards(self) -> list[str]:
+        return shards.find_shards(self.study.data, self.study.data.train, field_name="data.train")
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether training pairs are read anew in each epoch because, decoded, they do not fit the cache's budget."""
+        found = cache.load_index(self._train_shards, cache_dir=self.study.data.cache_dir)
+        return len(found) * 3 * self.image_size**2 > self.study.data.cache_gb * 1e9
+
+    @cached_property
+    def _train_images(self) -> Images:
+        data = self.study.data
+        found = cache.load_images(self._train_shards, size=self.image_size, cache_dir=data.cache_dir)
+        self._check(found.index, "data.train")
+        return found.take(np.arange(min(len(found.index), data.max_train_samples or len(found.index))))
+
+    @cached_property
+    def train_index(self) -> Index:
+        """All training pairs. Errors: DataError where too many are unusable."""
+        if not self.streamed:
+            return self._train_images.index
+        found = cache.load_index(self._train_shards, cache_dir=self.study.data.cache_dir)
+        self._check(found, "data.train")
+        return found.take(np.arange(min(len(found), self.study.data.max_train_samples or len(found))))
+
+    def _check(self, index: Index, what: str) -> None:
+        shards.check_share(index, most=self.study.data.max_broken, what=what)
+        if index.skipped:
+            first = index.skipped[0]
+            log.warning(
+                "%s: %d unusable samples skipped, %s first: %s", what, len(index.skipped), first.key, first.reason
+            )
+
+    def train_images(self, keys: list[str]) -> NDArray[np.uint8]:
+        """Return the images of a few training pairs as they are before poisoning, uint8 [len(keys), 3, S, S]."""
+        images = self._some_images(keys) if self.streamed else self._train_images
+        place = {str(key): i for i, key in enumerate(images.index.keys)}
+        return images.pixels(np.array([place[key] for key in keys if key in place], dtype=np.int64))
+
+    def _some_images(self, keys: list[str]) -> Images:
+        wanted = {
+            str(key): int(number) for key, number in zip(self.train_index.keys, self.train_index.shard, strict=True)
+        }
+        holding = sorted({wanted[key] for key in keys})
+        return cache.load_images(
+            [self._train_shards[number] for number in holding],
+            size=self.image_size,
+            cache_dir=self.study.data.cache_dir,
+            keys=keys,
+        )
+
+    @cached_property
+    def plan(self) -> PoisonPlan:
+        """The poison plan."""
+        return make_plan(self.train_index, self.study.poison, image_size=self.image_size, seed=self.study.seed)
+
+    @cached_property
+    def evaluation_set(self) -> EvaluationSet:
+        """The labelled test images. Errors: DataError."""
+        data = self.study.data
+        found = shards.find_shards(data, data.test, field_name="data.test")
+        images = cache.load_images(found, size=self.image_size, cache_dir=data.cache_dir, labelled=True)
+        self._check(images.index, "data.test")
+        return make_set(
+            images,
+            classes=self.classes,
+            target=self.target,
+            plan=self.plan,
+            evaluation=self.study.evaluation,
+            seed=self.study.seed,
+        )
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """What could not be used, of training and test shards, for the run's record."""
+        found = (*self.train_index.skipped, *self.evaluation_set.images.index.skipped)
+        return [{"shard": skip.shard, "key": skip.key, "reason": skip.reason} for skip in found]
+
+    def _prepare(self, plan: PoisonPlan, settings: TrainSettings, clip: Clip, seed: int) -> Prepare:
+        views = (settings.image_view, settings.text_view) if settings.loss_weights.ssl else None
+        return Prepare(plan=plan, tokenize=clip.tokenizer, views=views, seed=seed)
+
+    def pretraining_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
+        """Return all training pairs, poisoned as planned."""
+        prepare = self._prepare(self.plan, settings, clip, seed)
+        if not self.streamed:
+            return CachedPairs(self._train_images, prepare)
+        data = self.study.data
+        return StreamedPairs(
+            self.train_index,
+            prepare,
+            size=self.image_size,
+            workers=data.loader_workers,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+
+    @cached_property
+    def _cleaning(self) -> tuple[Images, PoisonPlan]:
+        clean = self.study.clean
+        rows, leaked = cleaning_rows(
+            self.train_index,
+            self.plan,
+            num_samples=clean.num_samples,
+            leaked_poison=clean.leaked_poison,
+            seed=self.study.seed,
+        )
+        if not self.streamed:
+            return self._train_images.take(rows), leaked
+        keys = {str(key) for key in self.train_index.keys[rows]}
+        images = cache.load_images(
+            self._train_shards, size=self.image_size, cache_dir=self.study.data.cache_dir, keys=keys
+        )
+        self._check(images.index, "the cleaning set")
+        return images, leaked
+
+    def cleaning_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
+        """Return the cleaning pairs: clean, but for what is leaked on purpose. Errors: DataError."""
+        images, leaked = self._cleaning
+        return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
+
+    def cleaning_keys(self) -> list[str]:
+        """Return the keys of the cleaning pairs."""
+        return [str(key) for key in self._cleaning[0].index.keys]
+
+    def new_model(self, *, seed: int) -> Clip:
+        """Return the model to pretrain: random weights, or those of `model.start`. Errors: CheckpointError."""
+        clip = create(self.study.model.name, seed=fork(seed, "weights"))
+        if self.study.model.start:
+            load_weights(clip, checkpoint.read(self.study.model.start), where=self.study.model.start)
+        return clip
+
+    def pretrain_id(self, objective: str) -> str:
+        """Return the name of a pretraining run: the objective and a hash of all that its weights depend on."""
+        study = self.study
+        start = study.model.start
+        if start:
+            with open(start, "rb") as file:
+                start = digest(file.read().hex())
+        parts = {
+            "data": [cache.content_hash(self.train_index), study.data.max_train_samples, self.streamed],
+            "model": [study.model.name, start],
+            "poison": study.poison.model_dump(mode="json"),
+            "settings": study.pretrain.settings(objective).model_dump(mode="json"),
+            "evaluation": [
+                cache.content_hash(self.evaluation_set.images.index),
+                study.evaluation.model_dump(mode="json"),
+            ],
+            "seed": study.seed,
+            "code": code_version(),
+        }
+        return f"{objective}-{digest(parts, length=10)}"
+
+    def check(self) -> None:
+        """Make all that the stages need, so that what is wrong shows before any long work. Errors: RaybdError."""
+        clip = self.new_model(seed=0)
+        settings = self.study.clean.settings({})
+        cleaning = len(self.cleaning_pairs(settings, clip, seed=0))
+        if not len(self.evaluation_set.images.index) or not cleaning:
+            raise DataError("nothing to evaluate or to clean on", where="data")
+
+
+@lru_cache(maxsize=2)
+def _inputs(text: str) -> Inputs:
+    return Inputs(Study.model_validate_json(text))
+
+
+def inputs_for(study: Study) -> Inputs:
+    """Return a study's inputs, the same object for equal studies within a process."""
+    return _inputs(study.model_dump_json())

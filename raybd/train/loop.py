@@ -1,0 +1,288 @@
+"""The training loop, for pretraining and cleaning alike: epochs of steps, each followed by an evaluation.
+
+B this rank's part of a batch, N the global batch, D embedding width.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raybd import checkpoint
+from raybd.data.pairs import Batch, Pairs, steps
+from raybd.errors import CheckpointError, DataError, TrialError
+from raybd.evaluate import EvaluationSet, evaluate
+from raybd.metrics import SPLITS, Counts
+from raybd.model import Clip
+from raybd.objectives import Loss, combined
+from raybd.study import Precision, TrainSettings
+from raybd.train.context import Progress, TrainContext
+from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
+from raybd.train.schedule import cosine_with_warmup
+
+_MAX_LOG_SCALE = 4.605170185988092  # ln 100
+
+
+def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """Return AdamW as published: no weight decay on gains, biases, norms and the logit scale.
+
+    Those are the parameters with fewer than two dimensions.
+    """
+    decayed = [p for p in net.parameters() if p.requires_grad and p.ndim >= 2]
+    free = [p for p in net.parameters() if p.requires_grad and p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+@dataclass
+class _EpochSums:
+    """Running sums over one epoch, of this rank."""
+
+    steps: int = 0
+    samples: int = 0
+    poisoned: int = 0
+    broken: int = 0
+    loss: float = 0.0
+    mmcl: float = 0.0
+    ssl: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Training:
+    """One run: a model, its optimizer and its place in the schedule.
+
+    Args:
+        clip: the model; it is trained in place.
+        pairs: where the batches come from.
+        settings: of this run.
+        context: where it runs and reports to.
+        evaluation_set: evaluated before the first epoch and after each.
+        max_broken: share of broken samples in an epoch above which the run stops.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        pairs: Pairs,
+        settings: TrainSettings,
+        context: TrainContext,
+        evaluation_set: EvaluationSet,
+        *,
+        max_broken: float = 1.0,
+    ) -> None:
+        self.clip, self.pairs, self.settings, self.context = clip, pairs, settings, context
+        self.evaluation_set, self.max_broken = evaluation_set, max_broken
+        clip.net.to(context.device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(clip.net, settings)
+        self._names = {parameter: name for name, parameter in clip.net.named_parameters()}
+        self._steps_an_epoch = steps(len(pairs), settings.batch_size)
+        self._net: nn.Module = clip.net
+        self.step = self.samples_seen = self.poisoned_seen = 0
+
+    def run(self) -> None:
+        """Train to the last epoch, from the start or from where the context says it was left.
+
+        Errors: TrialError where the loss is not finite; DataError where too many samples are broken.
+        """
+        done = self._restore()
+        if done is None:
+            self.clip.net.train()
+            self._finish_epoch(0, None, time.perf_counter())
+            done = 0
+        if active():
+            ids = [self.context.device.index] if self.context.device.type == "cuda" else None
+            self._net = DistributedDataParallel(self.clip.net, device_ids=ids)
+        for epoch in range(done + 1, self.settings.epochs + 1):
+            sums = self._train_epoch(epoch)
+            self._finish_epoch(epoch, sums, time.perf_counter())
+
+    def weight_decay_in_force(self) -> float:
+        """Return the weight decay that the optimizer applies, read back from it."""
+        return float(self.optimizer.param_groups[0]["weight_decay"])
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.context.device.type
+        wanted = self.settings.precision
+        bf16 = wanted is Precision.BF16 or (wanted is Precision.AUTO and kind == "cuda")
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
+
+    def _train_epoch(self, epoch: int) -> _EpochSums:
+        context, sums = self.context, _EpochSums()
+        self.clip.net.train()
+        batches = self.pairs.epoch(
+            epoch, batch_size=self.settings.batch_size, rank=context.rank, world_size=context.world_size
+        )
+        for batch in batches:
+            lr = self._set_lr()
+            loss = self._forward(batch)
+            value = float(loss.total.detach())
+            if not torch.isfinite(loss.total):
+                raise TrialError(
+                    f"loss is {value} at step {self.step} (epoch {epoch}, lr {lr:.3g})",
+                    fix="lower the learning rate; the weights before this step are kept",
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()
+            self.optimizer.step()
+            with torch.no_grad():
+                self.clip.net.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
+            self.step += 1
+            self._add(sums, batch, loss, value)
+            self._note_progress(epoch, sums)
+        return sums
+
+    def _set_lr(self) -> float:
+        lr = cosine_with_warmup(
+            self.step,
+            base_lr=self.settings.lr,
+            warmup_steps=self.settings.warmup_steps,
+            total_steps=self._steps_an_epoch * self.settings.epochs,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _forward(self, batch: Batch) -> Loss:
+        """Return the loss of the global batch; originals and views go through the model as one batch."""
+        device, views = self.context.device, batch.image_views_BCHW is not None
+        images, tokens = batch.images_BCHW, batch.tokens_BL
+        if batch.image_views_BCHW is not None and batch.token_views_BL is not None:
+            images, tokens = torch.cat([images, batch.image_views_BCHW]), torch.cat([tokens, batch.token_views_BL])
+        pixels = self.clip.normalise(images.to(device, non_blocking=True))
+        with self._autocast():
+            image_rows, text_rows, logit_scale = self._net(
+                pixels.contiguous(memory_format=torch.channels_last), tokens.to(device, non_blocking=True)
+            )
+        image_rows, text_rows = image_rows.float(), text_rows.float()
+        own = len(batch.images_BCHW)
+        return combined(
+            image_rows[:own],
+            text_rows[:own],
+            logit_scale.float(),
+            image_view_BD=image_rows[own:] if views else None,
+            text_view_BD=text_rows[own:] if views else None,
+            mmcl_weight=self.settings.loss_weights.mmcl,
+            ssl_weight=self.settings.loss_weights.ssl,
+            gather=gather_rows,
+        )
+
+    def _add(self, sums: _EpochSums, batch: Batch, loss: Loss, value: float) -> None:
+        sums.steps += 1
+        sums.samples += len(batch.images_BCHW)
+        sums.poisoned += batch.poisoned
+        sums.broken += batch.broken
+        sums.loss += value
+        sums.mmcl += float(loss.mmcl.detach()) if loss.mmcl is not None else 0.0
+        sums.ssl += float(loss.ssl.detach()) if loss.ssl is not None else 0.0
+
+    def _note_progress(self, epoch: int, sums: _EpochSums) -> None:
+        seconds = time.perf_counter() - sums.started
+        left = self._steps_an_epoch * self.settings.epochs - self.step
+        self.context.progress(
+            Progress(
+                epoch=epoch,
+                epochs=self.settings.epochs,
+                step=sums.steps,
+                steps=self._steps_an_epoch,
+                samples_per_second=sums.samples * self.context.world_size / seconds,
+                seconds_left=left * seconds / sums.steps,
+            )
+        )
+
+    def _finish_epoch(self, epoch: int, sums: _EpochSums | None, trained: float) -> None:
+        """Evaluate, report, and keep the state to go on from."""
+        record = self._training_columns(epoch, sums, trained)
+        self.context.report(epoch, record, lambda: checkpoint.to_bytes(self.clip.net.state_dict(), {"epoch": epoch}))
+        if epoch < self.settings.epochs:
+            self.context.save_state(lambda: self._state(epoch))
+
+    def _training_columns(self, epoch: int, sums: _EpochSums | None, trained: float) -> dict[str, Any]:
+        """Add up over the ranks, evaluate, and return the epoch's record: training columns, and counts of each half."""
+        context, device = self.context, self.context.device
+        columns: dict[str, Any] = {"loss": None, "loss_mmcl": None, "loss_ssl": None, "lr": None, "broken": 0}
+        seconds = 0.0
+        if sums is not None:
+            samples, poisoned, broken = (
+                int(n) for n in sum_over_ranks([sums.samples, sums.poisoned, sums.broken], device=device)
+            )
+            self.samples_seen += samples
+            self.poisoned_seen += poisoned
+            seconds = trained - sums.started
+            if broken > self.max_broken * (samples + broken):
+                raise DataError(
+                    f"{broken} of {samples + broken} samples of epoch {epoch} could not be decoded",
+                    expected=f"at most {self.max_broken:.2%} (data.max_broken)",
+                    fix="mend the shards or raise data.max_broken",
+                )
+            weights = self.settings.loss_weights
+            columns = {
+                "loss": sums.loss / sums.steps,
+                "loss_mmcl": sums.mmcl / sums.steps if weights.mmcl else None,
+                "loss_ssl": sums.ssl / sums.steps if weights.ssl else None,
+                "lr": float(self.optimizer.param_groups[0]["lr"]),
+                "broken": broken,
+            }
+        counts = self._evaluate()
+        evaluated = time.perf_counter() - trained
+        return {
+            **columns,
+            "epoch": epoch,
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "poisoned_seen": self.poisoned_seen,
+            "logit_scale": float(self.clip.net.logit_scale.detach().exp()),
+            "train_seconds": seconds,
+            "evaluate_seconds": evaluated,
+            "samples_per_second": samples / seconds if sums is not None else None,
+            "counts": {split: vars(found) for split, found in counts.items()},
+            "world_size": context.world_size,
+        }
+
+    def _evaluate(self) -> dict[str, Counts]:
+        context = self.context
+        share_buffers(self.clip.net)
+        own = evaluate(
+            self.clip,
+            self.evaluation_set,
+            device=context.device,
+            rank=context.rank,
+            world_size=context.world_size,
+            autocast=self._autocast,
+        )
+        names = list(vars(Counts()))
+        flat = [float(getattr(own[split], name)) for split in SPLITS for name in names]
+        added = iter(sum_over_ranks(flat, device=context.device))
+        return {split: Counts(**{name: int(next(added)) for name in names}) for split in SPLITS}
+
+    def _state(self, epoch: int) -> bytes:
+        tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.clip.net.state_dict().items()}
+        tensors |= checkpoint.optimizer_tensors(self.optimizer, self._names)
+        place = {"epoch": epoch, "step": self.step, "samples": self.samples_seen, "poisoned": self.poisoned_seen}
+        return checkpoint.to_bytes(tensors, place)
+
+    def _restore(self) -> int | None:
+        """Go back to the state that the context kept; return its epoch, None at a fresh start."""
+        content = self.context.load_state()
+        if content is None:
+            return None
+        tensors = checkpoint.from_bytes(content, where="state")
+        place = checkpoint.metadata_of(content)
+        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        try:
+            self.clip.net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"state of another model: {error}", where="state") from None
+        checkpoint.restore_optimizer(self.optimizer, tensors, self._names)
+        self.step, self.samples_seen = place["step"], place["samples"]
+        self.poisoned_seen = place["poisoned"]
+        return int(place["epoch"])
