@@ -1,0 +1,1 @@
+"""Everything that needs Ray: pretraining on workers, the search over trials, the session."""

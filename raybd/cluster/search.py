@@ -1,0 +1,124 @@
+"""The search on Ray Tune: cleaning trials side by side, each a plain function on a core or a share of a GPU."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune import Callback
+
+from raybd.clean.trial import Assignment, point, run_trial
+from raybd.cluster.searcher import LedgerSearcher
+from raybd.cluster.session import Share
+from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.store import Store
+from raybd.study import Study
+
+
+def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int) -> None:
+    """Run one trial in a Ray actor, which may have run others before."""
+    logging.getLogger().setLevel(logging.WARNING)
+    torch.set_num_threads(threads)
+    gc.collect()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    def notify(epoch: int, record: dict[str, Any]) -> None:
+        top1, asr = point(record)
+        tune.report({"epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr})
+
+    task = Assignment(**config)
+    entry = run_trial(Study.model_validate_json(study), Store(run), task, device=device, notify=notify)
+    assert entry.ended is not None
+    # A trial that failed before its first epoch must still report something: Ray takes silence for a fault of its own.
+    tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0})
+
+
+class _Watch(Callback):
+    """Passes on what happens to trials. Ray pickles callbacks with its snapshots: the listeners stay behind."""
+
+    def __init__(self, on_epoch: Callable[[str, int, float, float], None], on_end: Callable[[str], None]) -> None:
+        self._on_epoch, self._on_end = on_epoch, on_end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "training_iteration" in result and result["training_iteration"] == result["epoch"] + 1:
+            self._on_epoch(trial.config["trial_id"], result["epoch"], result["zeroshot_top1"], result["asr_top1"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._on_end(trial.config["trial_id"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._on_end(trial.config["trial_id"])
+
+
+def settle(store: Store, trial_id: str) -> Entry:
+    """Return a trial's ended ledger entry; one whose process died for good is ended as failed here."""
+    ledger = Ledger(store)
+    entry = ledger.entry(Kind.TRIAL, trial_id)
+    if entry.ended is not None:
+        return entry
+    return ledger.end(
+        Kind.TRIAL,
+        trial_id,
+        {
+            "state": State.FAILED,
+            "error_type": "WorkerDied",
+            "error_message": "the trial's process died (killed, or out of memory) and its retries are used up",
+            "ended": datetime.now(UTC).isoformat(),
+        },
+    )
+
+
+def run_search(
+    study: Study,
+    pretrain_ids: Mapping[str, str],
+    store: Store,
+    share: Share,
+    *,
+    on_epoch: Callable[[str, int, float, float], None],
+    on_end: Callable[[Entry], None],
+) -> None:
+    """Run every trial that the ledger has not as ended.
+
+    Args:
+        on_epoch: called with trial, epoch, accuracy and ASR (search half) as they come in.
+        on_end: called with the ledger entry of each trial that ended, whatever its state.
+    """
+    searcher = LedgerSearcher(
+        study, pretrain_ids, Ledger(store).entries(Kind.TRIAL), lambda trial_id: settle(store, trial_id)
+    )
+    if not searcher.remaining:
+        return
+    function = tune.with_parameters(
+        _trainable, study=study.model_dump_json(), run=store.uri, threads=share.cpus_per_trial
+    )
+    needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
+    tuner = tune.Tuner(
+        tune.with_resources(function, needs),
+        # Metric and mode stay out of TuneConfig: there they would silently make the search single-objective.
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=searcher.remaining,
+            max_concurrent_trials=share.concurrent_trials,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"search-{uuid.uuid4().hex[:8]}",
+            storage_path=f"{store.uri}/ray",
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=study.search.retries),
+            callbacks=[_Watch(on_epoch, lambda trial_id: on_end(settle(store, trial_id)))],
+        ),
+    )
+    tuner.fit()

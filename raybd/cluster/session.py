@@ -1,0 +1,125 @@
+"""Ray for the length of a study: a local cluster or one that is running, and what the study may use of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from raybd.errors import ClusterError
+from raybd.study import Resources
+
+# Read when ray is imported: quiet output, short polls (a report waits for one), no GPU visible to who asked for none.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray
+
+_OBJECT_STORE_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a study takes of the cluster, nothing left to `auto`."""
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: int
+    concurrent_trials: int
+    cpus_per_trial: int
+    gpus_per_trial: float
+
+
+def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) -> Share:
+    """Settle every `auto` for a cluster of so many CPUs and GPUs, and refuse what can never be placed.
+
+    Args:
+        may_grow: the cluster may add nodes, so what is missing now is not refused.
+
+    Errors: ClusterError.
+    """
+    use_gpu = gpus > 0 if wanted.use_gpu == "auto" else wanted.use_gpu
+    workers = (max(1, gpus) if use_gpu else 1) if wanted.num_workers == "auto" else wanted.num_workers
+    cpus_each = max(1, cpus // workers) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
+    if use_gpu and wanted.cpus_per_worker == "auto":
+        cpus_each = max(1, min(8, cpus // workers))
+    if wanted.concurrent_trials != "auto":
+        trials = wanted.concurrent_trials
+    else:
+        trials = max(1, cpus // wanted.cpus_per_trial)
+        if use_gpu:
+            trials = max(1, min(trials, int(gpus / wanted.gpus_per_trial)))
+    share = Share(
+        num_workers=workers,
+        use_gpu=use_gpu,
+        cpus_per_worker=cpus_each,
+        concurrent_trials=trials,
+        cpus_per_trial=wanted.cpus_per_trial,
+        gpus_per_trial=wanted.gpus_per_trial if use_gpu else 0.0,
+    )
+    if not may_grow:
+        _check(share, cpus=cpus, gpus=gpus)
+    return share
+
+
+def _check(share: Share, *, cpus: int, gpus: int) -> None:
+    for what, need, have, field in (
+        ("CPUs for pretraining", share.num_workers * share.cpus_per_worker, cpus, "resources.num_workers"),
+        ("GPUs for pretraining", share.num_workers if share.use_gpu else 0, gpus, "resources.num_workers"),
+        ("CPUs for a trial", share.cpus_per_trial, cpus, "resources.cpus_per_trial"),
+        ("GPUs for a trial", share.gpus_per_trial, gpus, "resources.gpus_per_trial"),
+    ):
+        if need > have:
+            raise ClusterError(
+                f"{need:g} {what} asked for, {have} there",
+                where=field,
+                fix="lower it, set resources.use_gpu=false to run on CPUs, or use a larger cluster (--address)",
+            )
+
+
+@contextmanager
+def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]:
+    """Connect to Ray, or start it on this machine, for the length of a `with`; nothing is left running.
+
+    Args:
+        address: of a running cluster (`auto` for the one on this machine); None starts a local one.
+
+    Errors: ClusterError where there is no such cluster, or the study does not fit.
+    """
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            # Never a bare init: the address file of some other cluster would hijack it.
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"cannot reach Ray: {str(error).splitlines()[0]}",
+            where=f"--address {address}" if address else "",
+            fix="start the cluster with `ray up cluster.yaml`, or leave --address out to run on this machine",
+        ) from None
+    try:
+        have = ray.cluster_resources()
+        yield resolve(wanted, cpus=int(have.get("CPU", 0)), gpus=int(have.get("GPU", 0)), may_grow=address is not None)
+    finally:
+        ray.shutdown()
