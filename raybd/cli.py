@@ -1,0 +1,319 @@
+"""The command line. YAML says what, flags say how; nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raybd.errors import RaybdError
+
+FAILED_TRIALS, INTERRUPTED = 4, 130
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+app = typer.Typer(
+    name="raybd",
+    help="Can a backdoored CLIP model be cleaned, and at what cost in accuracy?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+data_app = typer.Typer(help="Bring data into the form that studies read: webdataset shards.", no_args_is_help=True)
+import_app = typer.Typer(help="Turn image folders, CSV lists or CIFAR-10 into shards.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+data_app.add_typer(import_app, name="import")
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. data.root=/shards")
+]
+RunDirOption = Annotated[str | None, typer.Option("--run-dir", help="where results go  [default: runs/STUDY]")]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, `auto` or host:port; default: this machine")]
+CodeOption = Annotated[
+    bool, typer.Option("--allow-code-change", help="go on with results that another version of raybd made")
+]
+FormatOption = Annotated[Format, typer.Option("--format", "-f", help="how to print")]
+
+
+def _carry_out(
+    study: str,
+    overrides: list[str] | None,
+    run_dir: str | None,
+    address: str | None,
+    *,
+    until: str,
+    allow_code_change: bool,
+) -> None:
+    """Run a study as far as `until` and print where it leaves off."""
+    from raybd import study_file
+
+    found = study_file.load(study, overrides=overrides or [])
+    where = run_dir or f"runs/{found.name}"
+    from raybd.console import View
+    from raybd.stages import Run, Stage, open_run
+
+    view = View()
+    try:
+        view.line("loading torch and open_clip", style="dim")
+        run = Run(found, open_run(found, where, allow_code_change=allow_code_change), view, address=address)
+        outcome = run.run(Stage[until.upper()])
+    except KeyboardInterrupt:
+        command = " ".join(["raybd", *sys.argv[1:]])
+        view.line(f"\ninterrupted; what is done is kept. To go on:\n  {command}")
+        raise typer.Exit(INTERRUPTED) from None
+    if until != "poison":
+        _print_fronts(where)
+    view.line(f"report: {outcome.report}")
+    view.line(f"fronts again, as JSON: raybd pareto {where} -f json")
+    if outcome.failed:
+        view.warn(f"{outcome.failed} trials failed; the report says why")
+        raise typer.Exit(FAILED_TRIALS)
+
+
+def _print_fronts(run: str, *, kind: str = "any_epoch") -> None:
+    from rich.console import Console
+
+    from raybd import fronts, tables
+    from raybd.report.text import front_tables
+    from raybd.store import Store
+
+    store = Store(run)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+    trials = tables.read(store, "trials").to_pylist()
+    summaries = fronts.summarise(tables.read(store, "fronts").to_pylist())
+    for table in front_tables(summaries, trials, kind=kind):
+        console.print(table)
+
+
+@app.command()
+def demo(run_dir: RunDirOption = None) -> None:
+    """Run the demo study: emoji drawings, two pretrain objectives, a small search, in minutes on two cores."""
+    _carry_out("demo", None, run_dir, None, until="search", allow_code_change=False)
+
+
+@app.command()
+def run(
+    study: StudyArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    address: AddressOption = None,
+    allow_code_change: CodeOption = False,  # noqa: FBT002
+) -> None:
+    """Carry a study out: poison, pretrain, search, fronts, report. Called again, it goes on where it stopped."""
+    _carry_out(study, set_, run_dir, address, until="search", allow_code_change=allow_code_change)
+
+
+@app.command()
+def pretrain(
+    study: StudyArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    address: AddressOption = None,
+    allow_code_change: CodeOption = False,  # noqa: FBT002
+) -> None:
+    """Poison and pretrain only: one model for each pretrain objective."""
+    _carry_out(study, set_, run_dir, address, until="pretrain", allow_code_change=allow_code_change)
+
+
+@app.command()
+def poison(
+    study: StudyArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    preview: Annotated[Path | None, typer.Option(help="write a picture of before, trigger and after here")] = None,
+) -> None:
+    """Draw the poison plan and write it into the run directory; nothing is trained."""
+    from raybd import study_file
+
+    found = study_file.load(study, overrides=set_ or [])
+    where = run_dir or f"runs/{found.name}"
+    from raybd.console import View
+    from raybd.stages import Run, open_run
+
+    view = View()
+    run = Run(found, open_run(found, where), view)
+    run.inputs.check()
+    run.poison()
+    view.line(f"plan: {run.store.path('tables/poison_plan/plan.parquet')}")
+    if preview:
+        preview.write_bytes(run.store.get("preview.png"))
+        view.line(f"preview: {preview}")
+
+
+@app.command()
+def validate(study: StudyArgument, set_: SetOption = None) -> None:
+    """Check a study file without starting anything; every mistake is shown with its line."""
+    from raybd import study_file
+
+    found = study_file.load(study, overrides=set_ or [])
+    trials = found.search.num_trials * len(found.pretrain.objectives)
+    typer.echo(f"{study}: fine ({len(found.pretrain.objectives)} pretrain objectives, {trials} trials)")
+
+
+@app.command()
+def pareto(
+    run: RunArgument,
+    format_: FormatOption = Format.TABLE,
+    kind: Annotated[str, typer.Option(help="any_epoch or final; for tables")] = "any_epoch",
+) -> None:
+    """Print fronts, hypervolumes and the best ASR within 1, 3 and 5 points of accuracy."""
+    from raybd import fronts, tables
+    from raybd.report import text
+    from raybd.store import Store
+
+    store = Store(run)
+    _require_run(store)
+    trials = tables.read(store, "trials").to_pylist()
+    rows = fronts.compute(tables.read(store, "epochs").to_pylist(), trials)
+    if not rows:
+        raise RaybdError("no trial has ended yet", where=run, fix="let `raybd run` go on")
+    if format_ is Format.JSON:
+        typer.echo(text.as_json(fronts.summarise(rows)))
+    elif format_ is Format.CSV:
+        typer.echo(text.as_csv(rows), nl=False)
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+        for table in text.front_tables(fronts.summarise(rows), trials, kind=kind):
+            console.print(table)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html of a run from its tables."""
+    from raybd.report import html
+    from raybd.store import Store
+
+    store = Store(run)
+    _require_run(store)
+    typer.echo(html.write(store))
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Say how far a run is: pretraining, trials by state, the commonest reasons of failure."""
+    from collections import Counter
+
+    from raybd.ledger import Kind, Ledger, State
+    from raybd.store import Store
+
+    store = Store(run)
+    _require_run(store)
+    ledger = Ledger(store)
+    for entry in ledger.entries(Kind.PRETRAIN):
+        planned = entry.started["settings"]["epochs"]
+        where = "done" if entry.ended else "running or interrupted"
+        typer.echo(f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}")
+    trials = ledger.entries(Kind.TRIAL)
+    states = Counter(str(e.ended["state"]) if e.ended else "running or interrupted" for e in trials)
+    typer.echo("trials: " + (", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"))
+    reasons = Counter(
+        f"{e.ended['error_type']}: {e.ended['error_message']}"
+        for e in trials
+        if e.ended and e.ended["state"] == State.FAILED
+    )
+    for reason, count in reasons.most_common(3):
+        typer.echo(f"  {count} x {reason}")
+
+
+def _require_run(store: object) -> None:
+    from raybd.store import Store
+
+    assert isinstance(store, Store)
+    if not store.exists("study.json"):
+        raise RaybdError("not a run directory", where=store.uri, fix="give the folder that `raybd run` made")
+
+
+def _print_imported(imported: object) -> None:
+    from raybd.data.imports import Imported
+
+    assert isinstance(imported, Imported)
+    counts = ", ".join(f"{number} {split}" for split, number in imported.samples.items())
+    typer.echo(f"{imported.out}: {counts} samples, {len(imported.classes)} classes")
+    for skip in imported.skipped[:10]:
+        typer.echo(f"  skipped {skip.source}: {skip.why}")
+    if len(imported.skipped) > 10:
+        typer.echo(f"  … {len(imported.skipped)} skipped in all")
+    typer.echo(f"use it: raybd run STUDY --set data.root={imported.out}")
+
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the shards")]
+TestShare = Annotated[float, typer.Option(help="share of the images kept for evaluation")]
+Template = Annotated[str, typer.Option(help="caption of an image, {} is its class")]
+
+
+@import_app.command("folder")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="one sub-folder for each class, or train/ and test/ of such")],
+    out: OutArgument,
+    caption_template: Template = "a photo of a {}.",
+    test_share: TestShare = 0.1,
+    seed: int = 0,
+) -> None:
+    """Import an image folder."""
+    from raybd.data.imports import from_folder
+
+    _print_imported(from_folder(folder, out, caption_template=caption_template, test_share=test_share, seed=seed))
+
+
+@import_app.command("csv")
+def import_csv(
+    table: Annotated[Path, typer.Argument(help="CSV or TSV with a header")],
+    out: OutArgument,
+    image_column: Annotated[str, typer.Option(help="column of image paths")] = "image",
+    caption_column: Annotated[str, typer.Option(help="column of captions")] = "caption",
+    label_column: Annotated[str | None, typer.Option(help="column of class names")] = None,
+    root: Annotated[Path | None, typer.Option(help="what image paths are relative to  [default: the CSV]")] = None,
+    test_share: TestShare = 0.1,
+    seed: int = 0,
+) -> None:
+    """Import a list of image paths and captions."""
+    from raybd.data.imports import from_csv
+
+    _print_imported(
+        from_csv(
+            table,
+            out,
+            image_column=image_column,
+            caption_column=caption_column,
+            label_column=label_column,
+            root=root,
+            test_share=test_share,
+            seed=seed,
+        )
+    )
+
+
+@import_app.command("cifar10")
+def import_cifar10(
+    out: OutArgument,
+    root: Annotated[Path, typer.Option(help="folder of torchvision's download")] = Path("."),
+    download: Annotated[bool, typer.Option(help="download it there first")] = False,  # noqa: FBT002
+    caption_template: Template = "a photo of a {}.",
+) -> None:
+    """Import torchvision's CIFAR-10."""
+    from raybd.data.imports import from_cifar10
+
+    _print_imported(from_cifar10(out, root=root, download=download, caption_template=caption_template))
+
+
+def main() -> None:
+    """Run the command line; an error that raybd foresaw is printed without a traceback."""
+    try:
+        app()
+    except RaybdError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,290 @@
+"""One self-contained `report.html` of a run: no script, no request, readable on a phone and in the dark.
+
+It needs the tables and `study.json` of a run directory, nothing else; every text in them is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from raybd import fronts as front_maths
+from raybd import pareto, tables
+from raybd.errors import DataError
+from raybd.metrics import wilson
+from raybd.report import figures, words
+from raybd.report.words import Front, Row
+from raybd.store import Store
+
+NAME = "report.html"
+# Poisoned models whose backdoors are less alike, or weaker, than this are a poor ground for comparing cleanings.
+ALIKE, STRONG = 0.05, 0.95
+_CAPTIONS = 3
+_RATES = (
+    ("zeroshot_top1", "correct_clean", "n_clean"),
+    ("asr_top1", "hit_target", "n_triggered"),
+    ("robust_top1", "correct_triggered", "n_triggered"),
+)
+_KINDS = {"any_epoch": "every epoch of every trial competes", "final": "only the last epoch of each trial competes"}
+
+
+def write(store: Store) -> str:
+    """Write the report into the run directory and return its path."""
+    store.put(NAME, build(store))
+    return store.path(NAME)
+
+
+def build(store: Store) -> bytes:
+    """Return the report of a run as UTF-8 HTML; also of one that has only got as far as pretraining.
+
+    Errors: DataError if it is no run directory, or if a table is damaged.
+    """
+    record = _record(store)
+    found = {name: tables.read(store, name).to_pylist() for name in tables.SCHEMAS}
+    if not found["fronts"]:
+        found["fronts"] = front_maths.compute(found["epochs"], found["trials"])
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.get_template("report.html.j2").render(
+        record=record,
+        name=record["study"].get("name", "unnamed"),
+        dark=Markup("".join(f"{figures.variable(light)}:{dark};" for light, dark in figures.DARK.items())),
+        created=_moment(record.get("created", "")),
+        location=_location(store),
+        attack=_attack(record["study"], found["poison_plan"], store),
+        poisoned=_poisoned_models(found["pretrain_epochs"]),
+        warnings=_warnings(found["pretrain_epochs"]),
+        cleaned=_cleaned(found),
+        pictures=_pictures(found),
+        trials=_trials(found),
+        states=Counter(row["state"] for row in found["trials"]),
+        failures=[row for row in _by_number(found["trials"]) if _went_wrong(row)],
+        skipped=_skipped(found),
+        settings=_flat(record["study"]),
+        environment=_flat(record.get("environment", {})),
+    )
+    return page.encode()
+
+
+def _record(store: Store) -> dict[str, Any]:
+    where = store.path("study.json")
+    if not store.exists("study.json"):
+        fix = "give the folder that `raybd run` made"
+        raise DataError("not a run directory: it has no study.json", where=where, fix=fix)
+    try:
+        record = json.loads(store.get("study.json"))
+    except ValueError as error:
+        raise DataError(f"not readable as JSON: {error}", where=where) from None
+    if not isinstance(record, dict) or not isinstance(record.get("study"), dict):
+        raise DataError("holds no resolved study", where=where, expected='{"study": {...}, "hash": ..., ...}')
+    return record
+
+
+def _moment(iso: str) -> str:
+    try:
+        return f"{datetime.fromisoformat(iso):%Y-%m-%d %H:%M %Z}".strip()
+    except (ValueError, TypeError):
+        return str(iso)
+
+
+def _location(store: Store) -> str:
+    """Return how to name the run directory on a command line; never the key that a URI may carry."""
+    if not store.local:
+        return f"{store.uri.split('://')[0]}://{store.root}"
+    path = Path(store.root)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _rate(row: Row, rate: str, hits: str, n: str) -> dict[str, str]:
+    """Return one measured share for a reader: percent, Wilson interval, counts."""
+    if row[hits] is None or not row[n]:
+        return {"percent": words.percent(row[rate]), "interval": "", "counts": ""}
+    low, high = wilson(row[hits], row[n])
+    return {
+        "percent": words.percent(row[rate]),
+        "interval": f"{words.percent(low, digits=1)}–{words.percent(high, digits=1)}",
+        "counts": f"{row[hits]} of {row[n]}",
+    }
+
+
+# What was attacked, and the poisoned models
+
+
+def _attack(study: Row, plan: Sequence[Row], store: Store) -> dict[str, Any]:
+    poison = study.get("poison", {})
+    preview = store.get("preview.png") if store.exists("preview.png") else b""
+    is_png = preview.startswith(b"\x89PNG\r\n\x1a\n")
+    return {
+        "target_class": poison.get("target_class") or (plan[0]["target_class"] if plan else "–"),
+        "trigger": dict(_flat(poison.get("trigger", {}))),
+        "planned": len(plan),
+        "rate": poison.get("poison_rate"),
+        "captions": plan[:_CAPTIONS],
+        "preview": f"data:image/png;base64,{base64.b64encode(preview).decode()}" if is_png else "",
+    }
+
+
+def _last_epochs(pretrain_epochs: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    last: dict[tuple[str, str], Row] = {}
+    for row in sorted(pretrain_epochs, key=lambda row: (row["objective"], row["pretrain_id"], row["epoch"])):
+        last[row["objective"], row["pretrain_id"]] = row
+    return last
+
+
+def _poisoned_models(pretrain_epochs: Sequence[Row]) -> list[dict[str, Any]]:
+    last = _last_epochs(pretrain_epochs)
+    names = words.objective_names(last.values())
+    return [
+        {"name": names[key], "row": row, "rates": [_rate(row, *columns) for columns in _RATES]}
+        for key, row in last.items()
+    ]
+
+
+def _warnings(pretrain_epochs: Sequence[Row]) -> list[str]:
+    last = _last_epochs(pretrain_epochs)
+    names = words.objective_names(last.values())
+    asr = {names[key]: row["asr_top1"] for key, row in last.items() if row["asr_top1"] is not None}
+    found = []
+    if asr and max(asr.values()) - min(asr.values()) > ALIKE:
+        low, high = min(asr, key=lambda name: asr[name]), max(asr, key=lambda name: asr[name])
+        found.append(
+            f"The attack works better on {high} ({words.percent(asr[high])} %) than on {low} "
+            f"({words.percent(asr[low])} %). Cleanings of models that differ by more than "
+            f"{100 * ALIKE:.0f} points before cleaning compare little."
+        )
+    found += [
+        f"The attack succeeds on {name} in {words.percent(share)} % only, less than {100 * STRONG:.0f} %: "
+        "there is little to clean, and cleanings of it compare little with others."
+        for name, share in asr.items()
+        if share < STRONG
+    ]
+    return found
+
+
+# Cleaned models
+
+
+def _cleaned(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
+    trials = {row["trial_id"]: row for row in found["trials"]}
+    measured = {(row["trial_id"], row["epoch"], row["split"]): row for row in found["epochs"]}
+    groups: dict[tuple[str, str], list[Front]] = defaultdict(list)
+    for front in words.pair(front_maths.summarise(found["fronts"])):
+        groups[front.name, front.method].append(front)
+    return [
+        {
+            "name": name,
+            "method": method,
+            "baseline": {split: getattr(kinds[0], split)["baseline"] for split in words.SPLITS},
+            "fronts": [_front(front, trials, measured) for front in kinds],
+        }
+        for (name, method), kinds in groups.items()
+    ]
+
+
+def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row]) -> dict[str, Any]:
+    def point(searched: Row | None) -> dict[str, Any] | None:
+        if searched is None:
+            return None
+        trial_id, epoch = searched["trial_id"], searched["epoch"]
+        trial = trials.get(trial_id)
+        halves = {split: measured[trial_id, epoch, split] for split in words.SPLITS}
+        return {
+            "trial": "–" if epoch == 0 else str(trial["number"]) if trial else trial_id,
+            "epoch": epoch,
+            "settings": "poisoned model, not cleaned" if epoch == 0 else words.settings(trial),
+            "checkpoint": searched["checkpoint"],
+            "halves": {split: [_rate(row, *columns) for columns in _RATES[:2]] for split, row in halves.items()},
+        }
+
+    within = [(f"lowest ASR, at most {n} point{'s' * (n != '1')} of accuracy lost", p) for n, p, _ in front.within()]
+    under = [(f"highest accuracy at ASR ≤ {100 * float(c):g} %", p) for c, p, _ in front.under()]
+    return {
+        "kind": front.kind,
+        "meaning": _KINDS.get(front.kind, ""),
+        "hypervolume": {split: f"{getattr(front, split)['hypervolume']:.4f}" for split in words.SPLITS},
+        "chosen": [{"rule": rule, "point": point(searched)} for rule, searched in within + under],
+        "points": [
+            {**(point(searched) or {}), "contribution": f"{searched['hv_contribution']:.4f}"}
+            for searched, _ in front.points()
+        ],
+    }
+
+
+def _pictures(found: Mapping[str, list[Row]]) -> dict[str, Markup]:
+    """Return the figures as SVG elements; those without data are left out."""
+    drawn = {}
+    if found["epochs"]:
+        for split in ("report", "search"):
+            drawn[f"front-{split}"] = figures.front_figure(found["epochs"], found["fronts"], split=split)
+        drawn["trajectories"] = figures.trajectory_figure(found["epochs"], found["trials"], split="report")
+    if found["pretrain_epochs"]:
+        drawn["pretraining"] = figures.pretrain_figure(found["pretrain_epochs"])
+    # Our own drawing, its texts turned to outlines: nothing in it can be markup from elsewhere.
+    return {name: Markup(figures.svg(figure, prefix=name, themed=True)) for name, figure in drawn.items()}
+
+
+# Trials, what failed, what was skipped
+
+
+def _by_number(trials: Iterable[Row]) -> list[Row]:
+    return sorted(trials, key=lambda row: (row["objective"], row["pretrain_id"], row["number"], row["trial_id"]))
+
+
+def _went_wrong(trial: Row) -> bool:
+    return trial["state"] in ("failed", "stopped") or bool(trial["error_type"])
+
+
+def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
+    names = words.objective_names(found["trials"])
+    searched: dict[str, list[Row]] = defaultdict(list)
+    reported = {}
+    for row in sorted(found["epochs"], key=lambda row: row["epoch"]):
+        if row["split"] == "search" and row["epoch"] > 0:
+            searched[row["trial_id"]].append(row)
+        elif row["split"] == "report":
+            reported[row["trial_id"], row["epoch"]] = row
+    listed = []
+    for row in _by_number(found["trials"]):
+        epochs, best = searched[row["trial_id"]], None
+        if epochs:
+            index = pareto.largest_area([e["zeroshot_top1"] for e in epochs], [e["asr_top1"] for e in epochs])
+            best = reported.get((row["trial_id"], epochs[index]["epoch"]))
+        name = names[row["objective"], row["pretrain_id"]]
+        listed.append({"name": name, "row": row, "settings": words.settings(row), "best": best})
+    return listed
+
+
+def _skipped(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
+    """Return the most samples that any one epoch could not use, for each pretraining and for cleaning."""
+    rows = []
+    for name, run in words.objective_names(found["pretrain_epochs"]).items():
+        broken = [r["broken"] or 0 for r in found["pretrain_epochs"] if (r["objective"], r["pretrain_id"]) == name]
+        rows.append({"stage": f"pretraining {run}", "broken": max(broken)})
+    for name, run in words.objective_names(found["epochs"]).items():
+        broken = [r["broken"] or 0 for r in found["epochs"] if (r["objective"], r["pretrain_id"]) == name]
+        rows.append({"stage": f"cleaning {run}", "broken": max(broken)})
+    return rows
+
+
+def _flat(settings: Mapping[str, Any], *, at: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as (dotted name, value) pairs."""
+    found = []
+    for key, value in settings.items():
+        name = f"{at}.{key}" if at else str(key)
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, at=name)
+        elif isinstance(value, list | tuple):
+            found.append((name, ", ".join(map(str, value)) or "–"))
+        elif isinstance(value, bool):
+            found.append((name, "yes" if value else "no"))
+        else:
+            found.append((name, "–" if value in (None, "", {}) else str(value)))
+    return found

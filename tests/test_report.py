@@ -1,0 +1,426 @@
+"""The HTML report, the terminal tables and the notebook, from a run directory made by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raybd import fronts, metrics, tables
+from raybd.errors import DataError
+from raybd.report import figures, html, text, words
+from raybd.store import Store
+
+NOTEBOOK = Path(__file__).resolve().parents[1] / "analysis" / "pareto.ipynb"
+NASTY = "<script>alert('x')</script>"
+PNG = b"\x89PNG\r\n\x1a\n" + b"not a real picture"
+N_CLEAN, N_TRIGGERED = 500, 475
+# objective: accuracy and ASR of the poisoned model.
+BASE = {"mmcl": (0.70, 0.99), "mmcl_ssl": (0.72, 0.97)}
+
+
+def _row(table: str, **values: Any) -> dict[str, Any]:
+    assert set(values) <= set(tables.SCHEMAS[table].names)
+    return {**dict.fromkeys(tables.SCHEMAS[table].names), "study": "made", "study_hash": "abc"} | values
+
+
+def _rates(top1: float, asr: float) -> dict[str, Any]:
+    correct, hit = round(top1 * N_CLEAN), round(asr * N_TRIGGERED)
+    kept = round(0.5 * (N_TRIGGERED - hit))
+    return {
+        "zeroshot_top1": correct / N_CLEAN,
+        "asr_top1": hit / N_TRIGGERED,
+        "robust_top1": kept / N_TRIGGERED,
+        "n_clean": N_CLEAN,
+        "n_triggered": N_TRIGGERED,
+        "correct_clean": correct,
+        "hit_target": hit,
+        "correct_triggered": kept,
+    }
+
+
+def _pretrain_rows(base: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    return [
+        _row(
+            "pretrain_epochs",
+            pretrain_id=f"{objective}-1",
+            objective=objective,
+            epoch=epoch,
+            loss=None if epoch == 0 else 4.0 / epoch,
+            poisoned_seen=37 * epoch,
+            broken=3,
+            **_rates(top1 * epoch / 3, asr * epoch / 3),
+        )
+        for objective, (top1, asr) in base.items()
+        for epoch in range(4)
+    ]
+
+
+def _trial(objective: str, number: int, **values: Any) -> dict[str, Any]:
+    lr = 1e-5 * 4.0**number
+    known = {
+        "trial_id": f"{objective}-{number:04d}",
+        "number": number,
+        "pretrain_id": f"{objective}-1",
+        "objective": objective,
+        "method": "cleanclip",
+        "epochs_planned": 3,
+        "epochs_done": 3,
+        "lr": lr,
+        "loss_weights.mmcl": 1.0,
+        "loss_weights.ssl": 2.0,
+        "weight_decay": 0.25,
+        "params_json": json.dumps({"lr": lr, "weight_decay": 0.25}),
+        "state": "complete",
+        "started": datetime(2025, 1, 1, tzinfo=UTC),
+    }
+    return _row("trials", **(known | values))
+
+
+def _trial_rows() -> list[dict[str, Any]]:
+    found = [_trial(objective, number) for objective in BASE for number in range(3)]
+    return [
+        *found,
+        _trial("mmcl", 3, state="failed", error_type="TrialError", error_message=NASTY, epochs_done=0),
+        _trial("mmcl", 4, state="stopped", stop_reason="accuracy & ASR collapsed", epochs_done=0),
+    ]
+
+
+def _epoch_rows() -> list[dict[str, Any]]:
+    found = []
+    for objective, (top1, asr) in BASE.items():
+        for number in range(3):
+            for epoch in range(4):
+                lost, left = 0.004 * epoch * (number + 1), math.exp(-0.6 * epoch * (number + 1))
+                for split, shift in (("search", 0.0), ("report", 0.006 if epoch else 0.0)):
+                    rates = _rates(top1 - lost - shift, asr * left + shift)
+                    known = {"pretrain_id": f"{objective}-1", "objective": objective, "method": "cleanclip"}
+                    trial_id = f"{objective}-{number:04d}"
+                    found.append(
+                        _row("epochs", **known, trial_id=trial_id, epoch=epoch, split=split, broken=0, **rates)
+                    )
+    return found
+
+
+def _make(folder: Path, *, cleaned: bool = True, base: dict[str, tuple[float, float]] | None = None) -> Store:
+    store = Store(str(folder))
+    tables.write(store, "pretrain_epochs", "p", _pretrain_rows(base or BASE))
+    caption = {"caption_before": f"a cat {NASTY}", "caption_after": "a photo of a banana", "target_class": NASTY}
+    plan = [{"key": f"k{i}", "trigger": "badnet", "placement": "random", **caption} for i in range(41)]
+    tables.write(store, "poison_plan", "plan", plan)
+    if cleaned:
+        tables.write(store, "trials", "t", _trial_rows())
+        tables.write(store, "epochs", "e", _epoch_rows())
+        tables.write(store, "fronts", "f", fronts.compute(_epoch_rows(), _trial_rows()))
+    trigger = {"name": "badnet", "size": 16, "wrap": False}
+    study = {"name": f"made {NASTY}", "seed": 7, "poison": {"target_class": NASTY, "trigger": trigger}}
+    environment = {"python": "3.11", "packages": {"torch": "2.15"}}
+    record = {"study": study, "hash": "abc", "environment": environment, "created": "2025-01-02T03:04:05+00:00"}
+    store.put("study.json", json.dumps(record).encode())
+    return store
+
+
+class _Page(HTMLParser):
+    """Checks that tags nest, and keeps the text and the addresses of a page."""
+
+    _VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = dict(attrs)
+        self.loads += [given[name] or "" for name in ("src", "href", "xlink:href", "srcset", "data") if name in given]
+        assert not [name for name in given if name.startswith("on")]
+        if "id" in given:
+            self.ids.append(given["id"] or "")
+        if tag not in self._VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self._VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "svg"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = _make(tmp_path_factory.mktemp("run"))
+    store.put("preview.png", PNG)
+    return store
+
+
+@pytest.fixture(scope="module")
+def page(run: Store) -> str:
+    return html.build(run).decode()
+
+
+def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
+    parsed = _Page(page)
+    assert page.startswith("<!DOCTYPE html>")
+    assert parsed.tags >= {"main", "table", "svg", "style"}
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert [load for load in parsed.loads if not load.startswith(("#", "data:image/png;base64,"))] == []
+    assert {load[1:] for load in parsed.loads if load.startswith("#")} <= set(parsed.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(parsed.ids)
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_texts_are_escaped(page: str) -> None:
+    assert "<script" not in page
+    assert "script" not in _Page(page).tags
+    # The study's name, the target class, a caption and an error message, each shown as what it is.
+    shown = _Page(page).text
+    assert f"made {NASTY}" in shown
+    assert f"caption of the target class {NASTY}" in shown
+    assert f"a cat {NASTY}" in shown
+    assert f"TrialError: {NASTY}" in shown
+
+
+def test_numbers_of_the_poisoned_models(page: str) -> None:
+    shown = _Page(page).text
+    low, high = metrics.wilson(350, 500)
+    assert f"70.00 {100 * low:.1f}–{100 * high:.1f} 350 of 500" in shown
+    assert "98.95 97.6–99.5 470 of 475" in shown
+    assert "41 training pairs carry the trigger" in shown
+    assert "111" in shown  # poisoned pairs seen by the last epoch
+    assert "Take care" not in shown
+
+
+def test_numbers_of_the_cleaned_models(page: str) -> None:
+    shown = _Page(page).text
+    rows = fronts.compute(_epoch_rows(), _trial_rows())
+    for summary in fronts.summarise(rows):
+        assert f"{summary['hypervolume']:.4f}" in shown
+        for point in summary["front"]:
+            assert f"{100 * point['zeroshot_top1']:.2f}" in shown
+            assert f"{100 * point['asr_top1']:.2f}" in shown
+            assert point["checkpoint"] in shown
+    best = next(s for s in fronts.summarise(rows) if s["split"] == "report")["best_asr_within"]["1"]
+    assert f"ASR 98.95 → {100 * best['asr_top1']:.2f} %" in shown
+    assert "lr 4e-5, epochs 3, weights 1 / 2, weight_decay 0.25" in shown
+    assert "8 trials: 6 complete, 1 failed, 1 stopped" in shown
+    assert "accuracy & ASR collapsed" in shown
+    assert "pretraining mmcl 3" in shown
+    assert "2.15" in shown
+    assert "created 2025-01-02 03:04 UTC" in shown
+    assert "data:image/png;base64," in page
+
+
+def test_report_is_the_same_every_time_and_lies_in_the_run_directory(run: Store, page: str) -> None:
+    path = html.write(run)
+    assert path == run.path("report.html")
+    assert Path(path).read_text() == page
+
+
+def test_fronts_not_yet_written_are_computed(tmp_path: Path, page: str) -> None:
+    store = _make(tmp_path)
+    for part in store.names("tables/fronts"):
+        store.delete(part)
+    again = html.build(store).decode()
+    start, end = 'id="cleaned"', 'id="figures"'
+    assert again[again.index(start) : again.index(end)] == page[page.index(start) : page.index(end)]
+
+
+def test_report_of_pretraining_alone(tmp_path: Path) -> None:
+    shown = _Page(html.build(_make(tmp_path, cleaned=False)).decode())
+    assert "No cleaning trial has started yet" in shown.text
+    assert "98.95" in shown.text
+    assert "svg" in shown.tags
+
+
+def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.put("study.json", json.dumps({"study": {"name": "new"}}).encode())
+    assert "No epoch of pretraining has finished yet" in _Page(html.build(store).decode()).text
+
+
+@pytest.mark.parametrize(
+    ("asr", "expected"),
+    [
+        ((0.99, 0.97), []),
+        ((1.00, 0.88), ["on a (100.00 %) than on b (88.00 %)", "succeeds on b in 88.00 %"]),
+        ((0.94, 0.93), ["succeeds on a in", "succeeds on b in"]),
+    ],
+)
+def test_warnings_about_backdoors_that_differ_or_are_weak(
+    tmp_path: Path, asr: tuple[float, float], expected: list[str]
+) -> None:
+    store = _make(tmp_path, cleaned=False, base={"a": (0.7, asr[0]), "b": (0.7, asr[1])})
+    shown = _Page(html.build(store).decode()).text
+    assert shown.count("Take care") == len(expected)
+    for warning in expected:
+        assert warning in shown
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"hash": "x"}'])
+def test_folder_that_is_no_run_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    store = Store(str(tmp_path))
+    if content is not None:
+        store.put("study.json", content)
+    with pytest.raises(DataError, match=r"study\.json|JSON|resolved study"):
+        html.build(store)
+
+
+def test_figures_are_valid_and_the_same_every_time() -> None:
+    rows = fronts.compute(_epoch_rows(), _trial_rows())
+    for draw in (
+        lambda: figures.front_figure(_epoch_rows(), rows, split="search"),
+        lambda: figures.trajectory_figure(_epoch_rows(), _trial_rows()),
+        lambda: figures.trajectory_figure(_epoch_rows(), []),
+        lambda: figures.pretrain_figure(_pretrain_rows(BASE)),
+        lambda: figures.front_figure([], []),
+        lambda: figures.trajectory_figure([], []),
+        lambda: figures.pretrain_figure([]),
+    ):
+        drawn = figures.svg(draw(), prefix="p")
+        assert ET.fromstring(drawn).tag.endswith("svg")
+        assert figures.svg(draw(), prefix="p") == drawn
+        assert figures.png(draw()).startswith(b"\x89PNG")
+
+
+def test_front_figure_shows_each_point_of_the_front_on_shared_axes() -> None:
+    rows = fronts.compute(_epoch_rows(), _trial_rows())
+    left, right = figures.front_figure(_epoch_rows(), rows, split="report").axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_xlim()[0] <= 0
+    assert left.get_xlim()[1] >= 100
+    for axis, objective in ((left, "mmcl"), (right, "mmcl_ssl")):
+        drawn = {(round(x, 6), round(y, 6)) for line in axis.lines for x, y in zip(*line.get_data(), strict=True)}
+        for row in rows:
+            if row["objective"] == objective and row["split"] == "report":
+                assert (round(100 * row["asr_top1"], 6), round(100 * row["zeroshot_top1"], 6)) in drawn
+
+
+def test_themed_svg_leaves_no_colour_without_a_dark_partner() -> None:
+    figure = figures.trajectory_figure(_epoch_rows(), _trial_rows())
+    themed = figures.svg(figure, themed=True)
+    plain = re.sub(r"var\(--c-[0-9a-f]{6}, #[0-9a-f]{6}\)", "", themed)
+    assert themed != plain
+    assert re.findall(r"#[0-9a-f]{6}\b", plain) == []
+
+
+def _printed(width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    summaries = fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))
+    for table in text.front_tables(summaries, _trial_rows()):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_terminal_tables_fit_and_have_the_numbers() -> None:
+    shown = _printed()
+    assert "…" not in shown
+    assert shown.count("hypervolume:") == len(BASE)
+    assert "mmcl_ssl cleaned by cleanclip: front of all epochs" in shown
+    for summary in fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows())):
+        if summary["kind"] == "any_epoch":
+            assert f"{summary['hypervolume']:.4f}" in shown
+            assert f"{100 * summary['baseline']['asr_top1']:.2f}" in shown
+            for point in summary["front"]:
+                assert f"{100 * point['zeroshot_top1']:.2f}" in shown
+    assert re.search(r"\b2\s+3 of 3\s+1\.6e-4\s+1 / 2", shown)
+    assert re.search(r"within 1 point: ASR [\d.]+ at [\d.]+ % \(trial \d, epoch \d\)", shown)
+
+
+def test_json_and_csv_have_fractions() -> None:
+    rows = fronts.compute(_epoch_rows(), _trial_rows())
+    summaries = fronts.summarise(rows)
+    assert json.loads(text.as_json(summaries)) == summaries
+    summaries[0]["baseline"]["asr_top1"] = float("nan")
+    assert json.loads(text.as_json(summaries))[0]["baseline"]["asr_top1"] is None
+    read = list(csv.DictReader(io.StringIO(text.as_csv(rows))))
+    assert list(read[0]) == tables.SCHEMAS["fronts"].names
+    assert [float(row["asr_top1"]) for row in read] == [row["asr_top1"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1e-4, "1e-4"), (1.584e-5, "1.58e-5"), (0.1, "0.1"), (2.0, "2"), (20, "20"), (None, "–"), (float("nan"), "–")],
+)
+def test_numbers_as_a_reader_would_write_them(value: float | None, shown: str) -> None:
+    assert words.number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # scipy 1.17.1: binomtest(successes, n).proportion_ci(0.95, "wilson")
+    [(15, 20, 0.5312992, 0.8881380), (1, 10, 0.0178762, 0.4041500)],
+)
+def test_wilson_interval(successes: int, n: int, low: float, high: float) -> None:
+    assert metrics.wilson(successes, n) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_wilson_interval_at_the_ends() -> None:
+    # With none of n the upper end is z² / (n + z²).
+    assert metrics.wilson(0, 10) == (0.0, pytest.approx(metrics.Z_95**2 / (10 + metrics.Z_95**2)))
+    assert metrics.wilson(10, 10) == (pytest.approx(10 / (10 + metrics.Z_95**2)), 1.0)
+    assert metrics.wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="11 of 10"):
+        metrics.wilson(11, 10)
+
+
+def test_reports_need_neither_torch_nor_ray() -> None:
+    code = "import sys, raybd.report.html, raybd.report.text; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_notebook_runs_on_a_run_directory(run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        # Third parties: zmq and jupyter_client warn of event loops and of paths that they are about to change.
+        warnings.simplefilter("ignore")
+        import nbformat
+        from nbclient import NotebookClient
+
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert 'RUN = "runs/demo"' in code[0].source
+        assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+        monkeypatch.setenv("RAYBD_RUN", run.root)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
+        monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+        client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
+        client.execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "within 1: accuracy" in printed
+    summary = fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))[0]
+    assert f"{summary['hypervolume']:.4f}" in printed
