@@ -97,5 +97,7 @@ def restore_optimizer(
             continue
         name, _, entry = key.removeprefix("optimizer.").rpartition(".")
         parameter = by_name[name]
-        # AdamW keeps its step count on the CPU, its moments beside the parameter.
-        optimizer.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
+        if value.shape == parameter.shape and value.ndim:
+            # In the parameter's own memory layout: the fused step pairs the two element by element as they lie.
+            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter][entry] = value.to(parameter.device)

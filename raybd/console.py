@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -80,20 +80,22 @@ class View:
             self._status.update(text)
 
     @contextmanager
-    def follow_pretraining(self, store: Store, pretrain_id: str, objective: str) -> Iterator[None]:
-        """Print each epoch of a pretraining run as the ledger gets it, while the block runs."""
-        stop, seen = threading.Event(), set(_epochs(store, pretrain_id))
+    def follow_pretraining(self, store: Store, pretrain_ids: Mapping[str, str]) -> Iterator[None]:
+        """Print each epoch of pretraining runs, by objective, as the ledger gets it, while the block runs."""
+        stop = threading.Event()
+        seen = {pretrain_id: set(_epochs(store, pretrain_id)) for pretrain_id in pretrain_ids.values()}
 
         def poll() -> None:
             while True:
                 last = stop.wait(_POLL_SECONDS if store.local else 15.0)
-                self._new_epochs(store, pretrain_id, objective, seen)
-                self._live_progress(store, pretrain_id, objective)
+                for objective, pretrain_id in pretrain_ids.items():
+                    self._new_epochs(store, pretrain_id, objective, seen[pretrain_id])
+                    self._live_progress(store, pretrain_id, objective)
                 if last:
                     return
 
         thread = threading.Thread(target=poll, daemon=True)
-        with self.live(f"{objective}: starting workers"):
+        with self.live("starting workers"):
             thread.start()
             try:
                 yield

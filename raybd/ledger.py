@@ -99,7 +99,11 @@ class Ledger:
             epochs = {int(number): record for number, record in found["epochs"].items()}
             return Entry(id, found["started"], found["attempts"], epochs, found["ended"])
         starts = [name for name in last if name.startswith("started-")]
-        epochs = {int(name[6:10]): self._get(path) for name, path in last.items() if name.startswith("epoch-")}
+        epochs = {
+            int(name[len("epoch-") : -len(".json")]): self._get(path)
+            for name, path in last.items()
+            if name.startswith("epoch-")
+        }
         started = self._get(last[min(starts)]) if starts else {}
         return Entry(id, started, len(starts), epochs, None)
 
@@ -109,5 +113,5 @@ class Ledger:
     def _get(self, name: str) -> Record:
         try:
             return dict(json.loads(self._store.get(name)))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DataError(f"not a ledger record: {error}", where=self._store.path(name)) from None

@@ -16,7 +16,17 @@ import raybd
 
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "ray", "optuna", "webdataset", "pyarrow", "nltk")
 # What a trained weight depends on: a change elsewhere (report, command line) leaves old results valid.
-_NUMERIC_CODE = ("objectives.py", "evaluate.py", "model.py", "seeding.py", "poison", "data", "train", "clean")
+_NUMERIC_CODE = (
+    "objectives.py",
+    "evaluate.py",
+    "model.py",
+    "seeding.py",
+    "poison",
+    "data",
+    "train",
+    "clean",
+    "model_configs",
+)
 
 
 def digest(value: object, *, length: int = 12) -> str:
@@ -32,7 +42,7 @@ def code_version() -> str:
     found = hashlib.sha256()
     for name in _NUMERIC_CODE:
         path = root / name
-        for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for source in sorted(path.rglob("*.json" if name == "model_configs" else "*.py")) if path.is_dir() else [path]:
             found.update(source.relative_to(root).as_posix().encode() + b"\0" + source.read_bytes())
     return f"{raybd.__version__}+{found.hexdigest()[:8]}"
 

@@ -10,6 +10,14 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Value = float | int | str
+_MAX_GRID = 1_000_000
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 class Range(BaseModel):
@@ -39,10 +47,12 @@ class Range(BaseModel):
                 raise ValueError("choices is empty: give at least one value")
             if len(set(self.choices)) != len(self.choices):
                 raise ValueError("choices repeats a value")
+            if not all(isinstance(value, str) or _finite(value) for value in self.choices):
+                raise ValueError("choices must be finite")
             return self
         if self.low is None or self.high is None:
             raise ValueError("give low and high, or choices")
-        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+        if not (_finite(self.low) and _finite(self.high)):
             raise ValueError("low and high must be finite")
         if self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}: swap them")
@@ -50,8 +60,8 @@ class Range(BaseModel):
             raise ValueError(f"log needs low > 0, got {self.low}")
         if self.log and self.step is not None:
             raise ValueError("log and step exclude each other")
-        if self.step is not None and self.step <= 0:
-            raise ValueError(f"step must be positive, got {self.step}")
+        if self.step is not None and not (_finite(self.step) and self.step > 0):
+            raise ValueError(f"step must be positive and finite, got {self.step}")
         return self
 
     def grid(self) -> list[Value]:
@@ -66,7 +76,10 @@ class Range(BaseModel):
         if self.log:
             raise ValueError("a grid needs choices instead of a log range")
         step = self.step if self.step is not None else 1
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        steps = (self.high - self.low) / step
+        if steps >= _MAX_GRID:
+            raise ValueError(f"a grid of more than {_MAX_GRID} values: make step larger")
+        count = math.floor(steps + 1e-9) + 1
         return [self.low + i * step for i in range(count)]
 
     def active(self, params: Mapping[str, Value]) -> bool:
@@ -102,6 +115,8 @@ def grid(space: Space) -> list[dict[str, Value]]:
     points: list[dict[str, Value]] = [{}]
     for name, found in ordered(space):
         values = found.grid()
+        if len(points) * len(values) > _MAX_GRID:
+            raise ValueError(f"a grid of more than {_MAX_GRID} combinations")
         points = list(
             itertools.chain.from_iterable(
                 [{**point, name: value} for value in values] if found.active(point) else [point] for point in points

@@ -123,7 +123,8 @@ class Run:
 
         if any(done(self.store, pretrain_id) is None for pretrain_id in ids.values()):
             return True
-        return until >= Stage.SEARCH and self._trials(ids)[0] > self._trials(ids)[1]
+        total, ended = self._trials(ids)
+        return until >= Stage.SEARCH and total > ended
 
     def _trials(self, ids: dict[str, str]) -> tuple[int, int]:
         """Return how many trials the study has in all, and how many have ended."""
@@ -159,13 +160,13 @@ class Run:
         from raybd.cluster.pretrain import run_pretraining
         from raybd.train.pretraining import done
 
-        for objective, pretrain_id in ids.items():
-            if done(self.store, pretrain_id) is None:
-                settings = self.study.pretrain.settings(objective)
-                workers = f"{self._share.num_workers} worker{'s' if self._share.num_workers > 1 else ''}"
-                self.view.stage(f"pretraining {objective}: {settings.epochs} epochs, {workers}")
-                with self.view.follow_pretraining(self.store, pretrain_id, objective):
-                    run_pretraining(self.study, objective, pretrain_id, self.store, self._share)
+        missing = {name: pretrain_id for name, pretrain_id in ids.items() if done(self.store, pretrain_id) is None}
+        if missing:
+            workers = f"{self._share.num_workers} worker{'s' if self._share.num_workers > 1 else ''}"
+            self.view.stage(f"pretraining {' and '.join(missing)}: {workers}")
+            with self.view.follow_pretraining(self.store, missing):
+                run_pretraining(self.study, missing, self.store, self._share)
+        for pretrain_id in ids.values():
             entry = done(self.store, pretrain_id)
             assert entry is not None
             tables.write(self.store, "pretrain_epochs", pretrain_id, pretrain_rows(entry))

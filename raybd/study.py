@@ -159,9 +159,9 @@ class TrainSettings(_Section):
 
 
 class PretrainObjective(_Section):
-    """One pretrain objective: its loss weights, and what else it has of its own (the rest is from `pretrain`)."""
+    """One pretrain objective: what it has of its own, loss weights above all; the rest is from `pretrain`."""
 
-    loss_weights: LossWeights = LossWeights()
+    loss_weights: LossWeights | None = None
     epochs: PositiveInt | None = None
     batch_size: Annotated[int, Field(ge=2)] | None = None
     lr: PositiveFloat | None = None

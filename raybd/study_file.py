@@ -16,6 +16,7 @@ from raybd.errors import StudyError
 from raybd.study import Study, searchable
 
 _MAX_BYTES = 1_000_000
+_MAX_VALUES = 100_000
 Path_ = tuple[str | int, ...]
 
 
@@ -66,22 +67,13 @@ def parse(text: str, *, source: str, overrides: Sequence[str] = ()) -> Study:
     """Check a study given as YAML text; `source` is what its errors call it. Errors: StudyError."""
     marks: dict[Path_, str] = {}
     problems: list[tuple[str, str]] = []
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        raw = _plain(node, (), loader, source, marks, problems) if node else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise StudyError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
-    except RecursionError:
-        raise StudyError("nested too deeply", where=source) from None
-    finally:
-        loader.dispose()
+    raw = _read(text, (), source, marks, problems)
+    if raw is None:
+        raw = {}
     if not isinstance(raw, dict):
         raise StudyError("a study is a mapping of settings", where=f"{source}:1", expected="`name: …` and so on")
     for override in overrides:
-        _override(raw, override, marks)
+        _override(raw, override, marks, problems)
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
@@ -95,7 +87,27 @@ def parse(text: str, *, source: str, overrides: Sequence[str] = ()) -> Study:
 
 def _by_line(problem: tuple[str, str]) -> tuple[int, str]:
     line = problem[0].rpartition(":")[2]
-    return (int(line) if line.isdigit() else 0, problem[1])
+    return (int(line) if line.isdecimal() else 0, problem[1])
+
+
+def _read(text: str, at: Path_, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]]) -> Any:
+    """Return YAML text as data, None if it is empty; see `_plain`. Errors: StudyError where it is not YAML."""
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        where = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
+        raise StudyError(f"not valid YAML: character U+{error.character:04X}: {error.reason}", where=where) from None
+    try:
+        node = loader.get_single_node()
+        return _plain(node, at, loader, source, marks, problems) if node else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise StudyError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+    except RecursionError:
+        raise StudyError("nested too deeply", where=source) from None
+    finally:
+        loader.dispose()
 
 
 def _plain(
@@ -103,6 +115,8 @@ def _plain(
 ) -> Any:
     """Turn a YAML node into data; note the line of each path, and each key that is given twice."""
     marks.setdefault(at, f"{source}:{node.start_mark.line + 1}")
+    if len(marks) > _MAX_VALUES:
+        raise StudyError(f"more than {_MAX_VALUES} values, aliases followed", where=source)
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -118,32 +132,40 @@ def _plain(
         return [_plain(child, (*at, i), loader, source, marks, problems) for i, child in enumerate(node.value)]
     try:
         return loader.construct_object(node, deep=True)
-    except (ValueError, OverflowError, yaml.YAMLError) as error:
-        problems.append((f"{source}:{node.start_mark.line + 1}", f"cannot read the value: {error}"))
+    except (ValueError, OverflowError, LookupError, AttributeError, yaml.YAMLError) as error:
+        # PyYAML lets whatever its constructors trip over through: `!!bool x` is a KeyError.
+        reason = getattr(error, "problem", None) or error
+        problems.append((f"{source}:{node.start_mark.line + 1}", f"cannot read the value: {reason}"))
         return None
 
 
-def _override(raw: dict[str, Any], override: str, marks: dict[Path_, str]) -> None:
+def _override(raw: dict[str, Any], override: str, marks: dict[Path_, str], problems: list[tuple[str, str]]) -> None:
     """Put `dotted.key=value` into the raw study. Errors: StudyError."""
+    where = f"--set {override}"
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise StudyError("not of the form key=value", where=f"--set {override}", expected="--set data.root=/path")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise StudyError(f"the value is not valid YAML: {error}", where=f"--set {override}") from None
+        raise StudyError("not of the form key=value", where=where, expected="--set data.root=/path")
     path = _split(key)
+    own_marks: dict[Path_, str] = {}
+    own_problems: list[tuple[str, str]] = []
+    try:
+        value = _read(text, path, where, own_marks, own_problems)
+    except StudyError as error:
+        raise StudyError(f"the value is wrong: {error.what}", where=where) from None
     inner = raw
     for part in path[:-1]:
         if inner.get(part) is None:
             inner[part] = {}
         inner = inner[part]
         if not isinstance(inner, dict):
-            raise StudyError(f"{part!r} is not a section", where=f"--set {override}")
+            raise StudyError(f"{part!r} is not a section", where=where)
     inner[path[-1]] = value
-    for length in range(len(path), 0, -1):
-        if length == len(path) or path[:length] not in marks:
-            marks[path[:length]] = f"--set {override}"
+    for replaced in [known for known in marks if known[: len(path)] == path]:
+        del marks[replaced]
+    marks |= dict.fromkeys([path, *own_marks], where)
+    for length in range(1, len(path)):
+        marks.setdefault(path[:length], where)
+    problems += [(where, what) for _, what in own_problems]
 
 
 def _split(key: str) -> tuple[str, ...]:

@@ -185,5 +185,8 @@ def read(store: Store, table: str) -> pa.Table:
         missing = [field for field in schema.names if field not in part.schema.names]
         if missing:
             raise DataError(f"columns missing: {', '.join(missing)}", where=store.path(name))
-        found.append(part.select(schema.names).cast(schema))
+        try:
+            found.append(part.select(schema.names).cast(schema))
+        except pa.ArrowException as error:
+            raise DataError(f"columns of other types: {error}", where=store.path(name)) from None
     return pa.concat_tables(found).replace_schema_metadata() if found else schema.empty_table()

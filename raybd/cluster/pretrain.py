@@ -1,9 +1,13 @@
-"""Pretraining on Ray Train: DDP over any number of workers, resumed from our own state after any death."""
+"""Pretraining on Ray Train: DDP over any number of workers, resumed from our own state after any death.
+
+One group of workers trains one objective after the other: to start a group takes longer than a short epoch.
+"""
 
 from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray.train
@@ -11,52 +15,63 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raybd.cluster.session import Share
+from raybd.cluster.session import Share, uninterrupted
 from raybd.errors import ClusterError, RaybdError, TrialError
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
 from raybd.study import Study
 from raybd.train.context import LedgerContext
-from raybd.train.pretraining import pretrain, start_record
+from raybd.train.distributed import wait_for_all
+from raybd.train.pretraining import done, pretrain, start_record
 
 
-def _worker(config: dict[str, Any]) -> dict[str, str] | None:
+def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Run on each worker. A run that fails by itself is returned, not raised: Ray would only try it again."""
     logging.getLogger().setLevel(logging.WARNING)
     torch.set_num_threads(config["threads"])
-    where = ray.train.get_context()
-    context = LedgerContext(
-        store=Store(config["run"]),
-        kind=Kind.PRETRAIN,
-        id=config["pretrain_id"],
-        rank=where.get_world_rank(),
-        world_size=where.get_world_size(),
-        device=get_device(),
-        notify=lambda epoch, record: ray.train.report({"epoch": epoch}),
-    )
-    try:
-        pretrain(Study.model_validate_json(config["study"]), config["objective"], context)
-    except TrialError as error:
-        return {"what": error.what, "fix": error.fix}
-    return None
+    where, store = ray.train.get_context(), Store(config["run"])
+    failed = {}
+    for objective, pretrain_id in config["pretrain_ids"].items():
+        if done(store, pretrain_id) is not None:
+            continue
+        context = LedgerContext(
+            store=store,
+            kind=Kind.PRETRAIN,
+            id=pretrain_id,
+            rank=where.get_world_rank(),
+            world_size=where.get_world_size(),
+            device=get_device(),
+            notify=lambda epoch, record: ray.train.report({"epoch": epoch}),
+        )
+        try:
+            pretrain(Study.model_validate_json(config["study"]), objective, context)
+        except TrialError as error:
+            failed[pretrain_id] = (error.what, error.fix)
+        # What is done is asked of the store: no rank may ask before rank 0 has said so.
+        wait_for_all(get_device())
+    return failed
 
 
-def run_pretraining(study: Study, objective: str, pretrain_id: str, store: Store, share: Share) -> None:
-    """Pretrain one objective to its end.
+def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store, share: Share) -> None:
+    """Pretrain each of some objectives to its end.
 
     Workers that die are started again (`resources.max_failures` times) and go on after the last finished epoch; so
     does a new call after the driver died. Ray's own run has a new name each time: under an old one it would return
     an old result.
 
-    Errors: TrialError (a loss that is not finite), DataError, ClusterError.
+    Args:
+        pretrain_ids: by pretrain objective; none of them done.
+
+    Errors: TrialError (a loss that is not finite; the other objectives are trained all the same), DataError,
+        ClusterError.
     """
-    Ledger(store).start(Kind.PRETRAIN, pretrain_id, start_record(study, objective, pretrain_id))
+    for objective, pretrain_id in pretrain_ids.items():
+        Ledger(store).start(Kind.PRETRAIN, pretrain_id, start_record(study, objective, pretrain_id))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "study": study.model_dump_json(),
-            "objective": objective,
-            "pretrain_id": pretrain_id,
+            "pretrain_ids": dict(pretrain_ids),
             "run": store.uri,
             "threads": share.cpus_per_worker,
         },
@@ -67,21 +82,20 @@ def run_pretraining(study: Study, objective: str, pretrain_id: str, store: Store
             resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=f"{pretrain_id}-{uuid.uuid4().hex[:8]}",
+            name=f"pretrain-{uuid.uuid4().hex[:8]}",
             storage_path=f"{store.uri}/ray",
             failure_config=FailureConfig(max_failures=study.resources.max_failures),
         ),
     )
     try:
-        result = trainer.fit()
+        result = uninterrupted(trainer.fit)
     except WorkerGroupError as error:
-        raise _cause(error, pretrain_id) from None
-    failed = getattr(result, "return_value", None)
-    if failed:
-        raise TrialError(failed["what"], where=f"pretraining {pretrain_id}", fix=failed["fix"])
+        raise _cause(error) from None
+    for pretrain_id, (what, fix) in result.return_value.items():
+        raise TrialError(what, where=f"pretraining {pretrain_id}", fix=fix)
 
 
-def _cause(error: WorkerGroupError, pretrain_id: str) -> RaybdError:
+def _cause(error: WorkerGroupError) -> RaybdError:
     """Return our own error among those of the workers, or one that says that they died."""
     for failure in error.worker_failures.values():
         cause = getattr(failure, "cause", None) or failure
@@ -92,6 +106,6 @@ def _cause(error: WorkerGroupError, pretrain_id: str) -> RaybdError:
     first = next(iter(error.worker_failures.values()), error)
     return ClusterError(
         f"pretraining workers died: {str(first).strip().splitlines()[-1]}",
-        where=f"pretraining {pretrain_id}",
+        where="pretraining",
         fix="call the same command again: it goes on after the last finished epoch",
     )

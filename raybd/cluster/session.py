@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from raybd.errors import ClusterError
 from raybd.study import Resources
@@ -19,6 +21,7 @@ for _name, _value in {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -123,3 +126,25 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
         yield resolve(wanted, cpus=int(have.get("CPU", 0)), gpus=int(have.get("GPU", 0)), may_grow=address is not None)
     finally:
         ray.shutdown()
+
+
+def uninterrupted(function: Callable[[], Any]) -> Any:
+    """Call a blocking function of Ray in a thread and return its result, so that Ctrl-C ends the wait at once.
+
+    In the main thread Ray Train takes the signal for itself and leaves with exit code 0.
+    """
+    outcome: dict[str, Any] = {}
+
+    def call() -> None:
+        try:
+            outcome["result"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]

@@ -192,9 +192,9 @@ def _commit(home: Path, index: Index, pixels: Any, shape: tuple[int, ...] = ()) 
             with open(temporary / "pixels.u8", "wb") as target:
                 shutil.copyfileobj(pixels, target, 1 << 22)
         temporary.rename(home)
-    except OSError:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not home.is_dir():
+        if not (isinstance(error, OSError) and home.is_dir()):
             raise
 
 

@@ -98,6 +98,14 @@ def bounds(total: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
+def _first(start: int, rank: int, world_size: int) -> int:
+    """Return where in a global batch that starts at `start` a rank's part begins; it has each world_size-th sample.
+
+    Counted through the whole epoch, so that the parts of the ranks differ by at most one sample, in each batch too.
+    """
+    return (rank - start) % world_size
+
+
 def check_batches(total: int, batch_size: int, world_size: int) -> None:
     """Raise DataError where a rank's part of some batch would be empty."""
     if total // steps(total, batch_size) < world_size:
@@ -121,7 +129,7 @@ class CachedPairs:
         check_batches(len(self), batch_size, world_size)
         order_N = np.random.default_rng(fork(self._prepare.seed, "order", epoch)).permutation(len(self))
         for start, stop in bounds(len(self), steps(len(self), batch_size)):
-            yield self._batch(order_N[start:stop][rank::world_size], epoch)
+            yield self._batch(order_N[start:stop][_first(start, rank, world_size) :: world_size], epoch)
 
     def _batch(self, rows: NDArray[np.int64], epoch: int) -> Batch:
         index = self._images.index
@@ -163,7 +171,8 @@ class StreamedPairs:
     def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch."""
         check_batches(len(self), batch_size, world_size)
-        start, stop = bounds(len(self), world_size)[rank]
+        sizes = [len(range(one, len(self), world_size)) for one in range(rank + 1)]
+        start, stop = sum(sizes[:-1]), sum(sizes)
         stream = _Stream(self._index, self._prepare, self._size, self._buffer, epoch, start, stop)
         loader: DataLoader[list[_Item]] = DataLoader(
             stream,
@@ -172,8 +181,9 @@ class StreamedPairs:
             multiprocessing_context="spawn" if self._workers else None,
         )
         items = (item for chunk in loader for item in chunk)
-        for low, high in bounds(stop - start, steps(len(self), batch_size)):
-            yield self._batch([next(items) for _ in range(high - low)], epoch)
+        for low, high in bounds(len(self), steps(len(self), batch_size)):
+            count = len(range(low + _first(low, rank, world_size), high, world_size))
+            yield self._batch([next(items) for _ in range(count)], epoch)
 
     def _batch(self, items: list[_Item], epoch: int) -> Batch:
         whole = [item for item in items if item.image_CHW is not None]

@@ -9,18 +9,19 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from raybd.errors import DataError
 from raybd.study import Data
@@ -99,7 +100,11 @@ def find_shards(data: Data, patterns: str | Sequence[str], *, field_name: str) -
     found: list[str] = []
     missing: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for name in braceexpand(pattern):
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError as error:
+            raise DataError(f"not a brace list: {error}", where=field_name, expected="train-{000..009}.tar") from None
+        for name in names:
             url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
             filesystem, path = _filesystem(url, field_name)
             if any(mark in name for mark in "*?["):
@@ -127,6 +132,29 @@ def _filesystem(url: str, field_name: str) -> tuple[Any, str]:
         raise DataError(f"cannot open {url}: {error}", where=field_name) from None
 
 
+class _Header(tarfile.TarInfo):
+    """A header that must be whole: tarfile takes a shard that is cut off between two files for a complete one."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise  # the mark at the end of every shard
+            raise tarfile.ReadError(f"cut off or damaged: {error}") from None
+
+
+def _files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
+    """Yield the files of a shard, compressed or not, as webdataset's `tar_file_expander` does."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is not None and not re.match(r"__[^/]*__($|/)", member.name):
+                yield {"fname": member.name, "data": content.read(), "__url__": url}
+            tar.members = []  # type: ignore[attr-defined] # they would be kept in memory
+
+
 def samples(url: str) -> Iterator[RawSample]:
     """Yield the samples of a shard in their order, unusable ones too.
 
@@ -134,8 +162,7 @@ def samples(url: str) -> Iterator[RawSample]:
     """
     try:
         with fsspec.open(url, "rb") as stream:
-            files = tar_file_expander(iter([{"url": url, "stream": stream}]))
-            for row, sample in enumerate(group_by_keys(files)):
+            for row, sample in enumerate(group_by_keys(_files(stream, url))):
                 yield _raw(sample, row)
     except FileNotFoundError:
         raise DataError("no such shard", where=url) from None
@@ -151,7 +178,7 @@ def _raw(sample: dict[str, Any], row: int) -> RawSample:
     try:
         caption = sample["txt"].decode("utf-8").strip() if "txt" in sample else ""
         meta = json.loads(sample["json"]) if "json" in sample else {}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         problem = f"caption or json unreadable: {error}"
     if not isinstance(meta, dict):
         problem, meta = "json is not an object", {}
@@ -161,14 +188,23 @@ def _raw(sample: dict[str, Any], row: int) -> RawSample:
     if not problem:
         problem = "no image" if not image else "no caption" if not caption else ""
     return RawSample(
-        key=sample["__key__"],
+        key=sample["__key__"].encode(errors="backslashreplace").decode(),
         row=row,
         image=image,
         caption=caption,
-        label=label if isinstance(label, int) and not isinstance(label, bool) else -1,
+        label=label if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 2**63 else -1,
         class_name=str(meta.get("class_name", "")),
         problem=problem,
     )
+
+
+class _TooLarge(ValueError):
+    """An image that would take too much memory."""
+
+
+def _refuse_larger(width: int, height: int) -> None:
+    if width * height > _MAX_PIXELS:
+        raise _TooLarge(f"image too large: {width}x{height} pixels, at most {_MAX_PIXELS} expected")
 
 
 def decode(content: bytes, size: int) -> NDArray[np.uint8]:
@@ -178,16 +214,23 @@ def decode(content: bytes, size: int) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"image of {image.width}x{image.height} pixels is larger than {_MAX_PIXELS} pixels")
+            _refuse_larger(image.width, image.height)
             if image.format == "JPEG":
                 image.draft("RGB", (size, size))
-            picture = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+                picture = image.convert("RGBA").convert("RGB")  # straight to RGB, Pillow warns of it
+            else:
+                picture = image.convert("RGB")
+    except _TooLarge:
+        raise
+    except UnidentifiedImageError:  # its text holds an address
+        raise ValueError("broken image: of no known format") from None
+    except Exception as error:  # decoders of damaged files raise whatever they happen to
         raise ValueError(f"broken image: {error}") from None
     if picture.size != (size, size):
         scale = size / min(picture.size)
         width, height = (max(size, round(side * scale)) for side in picture.size)
+        _refuse_larger(width, height)
         left, top = (width - size) // 2, (height - size) // 2
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         picture = picture.crop((left, top, left + size, top + size))
@@ -258,8 +301,9 @@ def classes(data: Data) -> list[str]:
         return list(open_clip.IMAGENET_CLASSNAMES)
     name = data.classes
     url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
+    filesystem, path = _filesystem(url, "data.classes")
     try:
-        with fsspec.open(url, "rb") as file:
+        with filesystem.open(path, "rb") as file:
             found = json.load(file)
     except FileNotFoundError:
         raise DataError("no such class file", where=url, fix="set data.root or data.classes") from None

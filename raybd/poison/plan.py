@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def templates(named: str | Sequence[str], *, field: str) -> list[Callable[[str],
             raise StudyError(f"{text!r} must have exactly one {{}}", where=field, expected="a photo of a {}.")
     if not named:
         raise StudyError("no template given", where=field)
-    return [text.format for text in named]
+    return [partial(text.replace, "{}") for text in named]
 
 
 @dataclass(frozen=True)

@@ -62,3 +62,8 @@ def share_buffers(net: nn.Module) -> None:
     if active():
         for buffer in net.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Return when every rank has come here."""
+    sum_over_ranks([0.0], device=device)

@@ -1,0 +1,5 @@
+"""`python -m raybd`."""
+
+from raybd.cli import main
+
+main()

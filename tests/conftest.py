@@ -1,0 +1,15 @@
+"""What all tests share: no test touches the user's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images go to one temporary folder, which the tests of a session share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYBD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,169 @@
+"""The command line: what it imports, what it offers, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from raybd import checkpoint, model, study_file
+from raybd.cli import app
+from raybd.errors import CheckpointError, DataError, RaybdError
+from raybd.train.inputs import Inputs
+
+TINY = Path(__file__).parent / "studies" / "tiny.yaml"
+runner = CliRunner()
+
+OPTIONS = {
+    "demo": {"--run-dir"},
+    "run": {"--set", "--run-dir", "--address", "--allow-code-change"},
+    "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change"},
+    "poison": {"--set", "--run-dir", "--preview"},
+    "validate": {"--set"},
+    "pareto": {"--format", "-f", "--kind"},
+    "report": set(),
+    "status": set(),
+    "data import folder": {"--caption-template", "--test-share", "--seed"},
+    "data import csv": {"--image-column", "--caption-column", "--label-column", "--root", "--test-share", "--seed"},
+    "data import cifar10": {"--root", "--download", "--no-download", "--caption-template"},
+}
+
+
+def commands(group: typer.core.TyperGroup, prefix: str = "") -> dict[str, set[str]]:
+    """Return the options of every command below a group."""
+    found: dict[str, set[str]] = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands(command, f"{prefix}{name} ")
+        else:
+            flags = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+            found[prefix + name] = flags - {"--help"}
+    return found
+
+
+def test_the_commands_and_options_are_those_that_users_know() -> None:
+    assert commands(typer.main.get_command(app)) == OPTIONS
+
+
+def loaded_by(arguments: list[str]) -> set[str]:
+    """Run the command line in a process of its own and return the top-level modules that it loaded."""
+    code = (
+        "import sys, json, contextlib, io\n"
+        f"sys.argv = ['raybd', *{arguments!r}]\n"
+        "from raybd.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pareto", "--help"], ["validate", str(TINY)], ["status", "."]])
+def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:
+    assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}
+
+
+def test_pareto_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    assert not loaded_by(["pareto", str(tmp_path)]) & {"torch", "ray", "optuna", "open_clip", "matplotlib"}
+
+
+def run_raybd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    return subprocess.run([sys.executable, "-m", "raybd", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_an_error_is_printed_without_a_traceback_and_sets_the_exit_code(tmp_path: Path) -> None:
+    study = tmp_path / "bad.yaml"
+    study.write_text("name: bad\npoison: {target_class: fruit, poison_rate: 2}\n")
+    done = run_raybd("validate", str(study))
+    assert done.returncode == 2
+    assert f"{study}:2: poison.poison_rate" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    done = run_raybd("pareto", str(tmp_path))
+    assert done.returncode == 1
+    assert "not a run directory" in done.stderr
+
+
+def test_poison_writes_the_plan_and_a_preview(tmp_path: Path) -> None:
+    done = runner.invoke(
+        app, ["poison", str(TINY), "--run-dir", str(tmp_path / "run"), "--preview", str(tmp_path / "poison.png")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "26 of 256 training pairs" in done.output
+    assert (tmp_path / "run/tables/poison_plan/plan.parquet").is_file()
+    with Image.open(tmp_path / "poison.png") as picture:
+        assert min(picture.size) > 400
+
+
+def test_data_import_folder_gives_what_a_study_reads(tmp_path: Path) -> None:
+    for name, colour in (("apple", "red"), ("pear", "green")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.new("RGB", (40, 32), colour).save(tmp_path / "photos" / name / f"{i}.png")
+    out = tmp_path / "shards"
+    done = runner.invoke(app, ["data", "import", "folder", str(tmp_path / "photos"), str(out), "--test-share", "0.4"])
+    assert done.exit_code == 0, done.output
+    assert f"data.root={out}" in done.output
+    overrides = [f"data.root={out}", "poison.target_class=pear", "clean.num_samples=10"]
+    study = study_file.load(str(TINY), overrides=[*overrides, f"data.cache_dir={tmp_path / 'cache'}"])
+    inputs = Inputs(study)
+    inputs.check()
+    assert inputs.classes == ["apple", "pear"]
+    assert len(inputs.train_index) + len(inputs.evaluation_set.images.index) == 60
+
+
+def refusal(*overrides: str) -> RaybdError:
+    """Return the error with which a study is refused before any work."""
+    with pytest.raises(RaybdError) as caught:
+        Inputs(study_file.load(str(TINY), overrides=list(overrides))).check()
+    return caught.value
+
+
+def test_a_missing_shard_is_named() -> None:
+    error = refusal("data.train=train/train-{000000..000009}.tar.gz")
+    assert isinstance(error, DataError)
+    assert "train-000004.tar.gz" in str(error)
+    assert "and 3 more" in str(error)
+
+
+def test_a_target_class_that_is_not_there_is_answered_with_those_alike() -> None:
+    error = refusal("poison.target_class=fruits")
+    assert "no class 'fruits'" in str(error)
+    assert "fruit" in error.fix
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "vit.safetensors"
+    path.write_bytes(checkpoint.to_bytes(model.create("vit-tiny-32", seed=0).net.state_dict()))
+    error = refusal(f"model.start={path}")
+    assert isinstance(error, CheckpointError)
+    assert "weights of another model" in str(error)
+    assert str(path) in str(error)
+
+
+def test_a_missing_checkpoint_and_a_cut_one_are_refused(tmp_path: Path) -> None:
+    assert "no such checkpoint" in str(refusal(f"model.start={tmp_path / 'none.pt'}"))
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(checkpoint.to_bytes({"a": torch.zeros(100)})[:60])
+    assert "not a whole safetensors file" in str(refusal(f"model.start={path}"))
+
+
+def test_an_unknown_model_is_answered_with_those_alike() -> None:
+    assert "resnet-tiny-32" in str(refusal("model.name=resnet-tiny"))
+
+
+def test_a_trigger_larger_than_the_image_is_refused() -> None:
+    assert "does not fit the 32x32 image" in str(refusal("poison.trigger.size=33"))
+
+
+def test_a_cleaning_set_larger_than_the_clean_pairs_is_refused() -> None:
+    assert "at most 230" in str(refusal("clean.num_samples=231"))

@@ -1,0 +1,267 @@
+"""Real gloo ranks in processes of their own: what they compute together is what one process computes alone."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raybd.objectives import Gather, combined, identity
+from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
+
+WEIGHTS = {"mmcl": (1.0, 0.0), "ssl": (0.0, 1.0), "mmcl_ssl": (1.0, 4.0)}
+ROWS = {2: {"equal": (4, 4), "unequal": (5, 2)}, 3: {"unequal": (3, 1, 4)}}
+CASES = [(world, rows, loss) for world, found in ROWS.items() for rows in found for loss in WEIGHTS]
+PAIRS, BATCH = 64, 33  # two batches of 32
+SECONDS = 150
+
+
+class TwoTowers(nn.Module):
+    """The smallest model of the kind: two encoders and a logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(5, 4), nn.Linear(3, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image_B5: Tensor, text_B3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalised rows and the scale, as open_clip does."""
+        image_B4, text_B4 = F.normalize(self.image(image_B5), dim=-1), F.normalize(self.text(text_B3), dim=-1)
+        return image_B4, text_B4, self.logit_scale.exp()
+
+
+def two_towers() -> TwoTowers:
+    """Return the same model in every process."""
+    torch.manual_seed(11)
+    return TwoTowers().double()
+
+
+def batch(count: int) -> list[Tensor]:
+    """Return images, texts and the views of both, for the whole batch."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(count, width, dtype=torch.float64, generator=generator) for width in (5, 3, 5, 3)]
+
+
+def gradients(net: nn.Module, parts: list[Tensor], weights: tuple[float, float], gather: Gather) -> dict[str, Tensor]:
+    """Return loss and gradients of a step: originals and views go through the model as one batch."""
+    net.zero_grad()
+    images, texts, image_views, text_views = parts
+    own = len(images)
+    image_rows, text_rows, scale = net(torch.cat([images, image_views]), torch.cat([texts, text_views]))
+    loss = combined(
+        image_rows[:own],
+        text_rows[:own],
+        scale,
+        image_view_BD=image_rows[own:],
+        text_view_BD=text_rows[own:],
+        mmcl_weight=weights[0],
+        ssl_weight=weights[1],
+        gather=gather,
+    )
+    loss.total.backward()
+    found = {name.removeprefix("module."): p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return {"loss": loss.total.detach(), **found}
+
+
+def collectives(rank: int, world: int) -> dict[str, Any]:
+    """Return what one rank gets from each collective."""
+    found: dict[str, Any] = {"active": active()}
+    net = DistributedDataParallel(two_towers())
+    for kind, counts in ROWS[world].items():
+        start = sum(counts[:rank])
+        parts = [rows[start : start + counts[rank]] for rows in batch(sum(counts))]
+        found[f"rows {kind}"] = gather_rows(parts[0])
+        for name, weights in WEIGHTS.items():
+            found[f"{kind} {name}"] = gradients(net, parts, weights, gather_rows)
+    found["sum"] = sum_over_ranks([1.5 + rank, 10.0**rank, 2.0**52 if rank == 0 else 1.0], device=torch.device("cpu"))
+    norm = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        norm.weight.fill_(10 + rank)
+        norm.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]) + 100 * rank)
+        norm.running_var.fill_(5.0 + rank)
+        norm.num_batches_tracked.fill_(7 + rank)
+    share_buffers(nn.Sequential(norm))
+    found["norm"] = dict(norm.state_dict())
+    return found
+
+
+def train(rank: int, world: int, run: str) -> dict[str, Any]:
+    """Train vit-tiny-32 for one epoch of two steps with raybd's own loop; return weights before, after, and records."""
+    from raybd.data.cache import Images
+    from raybd.data.pairs import CachedPairs, Prepare
+    from raybd.data.shards import decode, find_shards, make_index, samples
+    from raybd.evaluate import make_set
+    from raybd.ledger import Kind, Ledger
+    from raybd.model import create
+    from raybd.poison.plan import PoisonPlan
+    from raybd.store import Store
+    from raybd.study import Data, Evaluation, LossWeights, Precision, TrainSettings, Trigger
+    from raybd.train.context import LedgerContext
+    from raybd.train.loop import Training
+
+    (url,) = find_shards(Data(), "test/*.tar*", field_name="data.test")
+    raw = list(itertools.islice(samples(url), PAIRS))
+    index = make_index([url], [(0, sample) for sample in raw], labelled=True)
+    index.labels[:] = index.labels % 3
+    images = Images(index, np.stack([decode(sample.image, 32) for sample in raw]), np.arange(len(raw)))
+    trigger = Trigger(size=4, pattern="fixed", placement="bottom_right")
+    plan = PoisonPlan({}, trigger, pattern_seed=1)
+    evaluation = Evaluation(templates=("a picture of a {}.",), batch_size=20)
+    found = make_set(images, classes=["cat", "heart", "fruit"], target=2, plan=plan, evaluation=evaluation, seed=3)
+    # A large eps: Adam would else turn the rounding of gradients that are 0 in truth into steps of full size.
+    settings = TrainSettings(
+        epochs=1,
+        batch_size=BATCH,
+        lr=1e-2,
+        warmup_steps=0,
+        eps=1e-2,
+        loss_weights=LossWeights(mmcl=1, ssl=0),
+        precision=Precision.FP32,
+    )
+    clip = create("vit-tiny-32", seed=1)
+    before = {name: value.clone() for name, value in clip.net.state_dict().items()}
+    store = Store(run)
+    if rank == 0:
+        Ledger(store).start(Kind.PRETRAIN, "run", {})
+    context = LedgerContext(store=store, kind=Kind.PRETRAIN, id="run", rank=rank, world_size=world)
+    Training(clip, CachedPairs(images, Prepare(plan, clip.tokenizer, None, 9)), settings, context, found).run()
+    records = Ledger(store).entry(Kind.PRETRAIN, "run").epochs if rank == 0 else {}
+    return {"before": before, "after": dict(clip.net.state_dict()), "records": records}
+
+
+def work(rank: int, folder: str) -> None:
+    """Do everything that a rank does, in a group of three and then in one of two, and leave what it found."""
+    torch.set_num_threads(1)
+    for world in sorted(ROWS, reverse=True):
+        if rank >= world:
+            continue
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/group-of-{world}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=SECONDS),
+        )
+        found = collectives(rank, world)
+        if world == 2:
+            found["training"] = train(rank, world, f"{folder}/run")
+        torch.save(found, f"{folder}/{rank}-of-{world}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Return what the ranks found, by size of their group; no process outlives its time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(work, args=(str(folder),), nprocs=max(ROWS), join=False)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"the ranks did not finish in {SECONDS} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return {
+        world: [torch.load(folder / f"{rank}-of-{world}.pt", weights_only=True) for rank in range(world)]
+        for world in ROWS
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Return what one process, this one, trains to."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield train(0, 1, str(tmp_path_factory.mktemp("alone") / "run"))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("world", "rows", "loss"), CASES)
+def test_gradients_are_those_of_one_process_with_the_joined_batch(
+    ranks: dict[int, list[dict[str, Any]]], world: int, rows: str, loss: str
+) -> None:
+    expected = gradients(two_towers(), batch(sum(ROWS[world][rows])), WEIGHTS[loss], identity)
+    assert set(expected) == {"loss", "image.weight", "image.bias", "text.weight", "text.bias", "logit_scale"}
+    assert all(value.abs().max() > 1e-3 for value in expected.values())
+    for found in ranks[world]:
+        for name, value in expected.items():
+            torch.testing.assert_close(found[f"{rows} {loss}"][name], value, rtol=1e-10, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize(("world", "rows"), [(world, rows) for world, found in ROWS.items() for rows in found])
+def test_rows_are_gathered_in_the_order_of_the_ranks(
+    ranks: dict[int, list[dict[str, Any]]], world: int, rows: str
+) -> None:
+    whole = batch(sum(ROWS[world][rows]))[0]
+    for found in ranks[world]:
+        assert torch.equal(found[f"rows {rows}"], whole)
+
+
+def test_sums_over_ranks_are_exact(ranks: dict[int, list[dict[str, Any]]]) -> None:
+    assert [found["sum"] for found in ranks[2]] == [[4.0, 11.0, 2.0**52 + 1.0]] * 2
+    assert [found["sum"] for found in ranks[3]] == [[7.5, 111.0, 2.0**52 + 2.0]] * 3
+
+
+def test_buffers_become_those_of_the_first_rank_and_weights_stay(ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(ranks[3]):
+        norm = found["norm"]
+        assert norm["running_mean"].tolist() == [1.0, 2.0, 3.0]
+        assert norm["running_var"].tolist() == [5.0, 5.0, 5.0]
+        assert norm["num_batches_tracked"].item() == 7
+        assert norm["weight"].tolist() == [10.0 + rank] * 3
+
+
+def test_one_process_needs_no_group(ranks: dict[int, list[dict[str, Any]]]) -> None:
+    assert [found["active"] for found in ranks[2]] == [True, True]
+    assert not active()
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert gather_rows(rows) is rows
+    assert sum_over_ranks([0.5, 3.0], device=torch.device("cpu")) == [0.5, 3.0]
+    norm = nn.BatchNorm1d(2)
+    share_buffers(norm)
+    assert norm.running_mean.tolist() == [0.0, 0.0]
+
+
+def test_two_ranks_train_to_the_weights_of_one_process(
+    ranks: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
+) -> None:
+    for found in ranks[2]:
+        training = found["training"]
+        for name, value in alone["after"].items():
+            assert torch.equal(training["before"][name], alone["before"][name]), name
+            torch.testing.assert_close(training["after"][name], value, rtol=0, atol=1e-5, msg=name)
+    moved = sorted(float((alone["after"][name] - value).abs().max()) for name, value in alone["before"].items())
+    assert moved[len(moved) // 2] > 1e-3, "the comparison says nothing if the weights hardly move"
+
+
+def test_two_ranks_record_what_one_process_records(
+    ranks: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
+) -> None:
+    first, second = (found["training"]["records"] for found in ranks[2])
+    assert second == {}
+    assert sorted(first) == sorted(alone["records"]) == [0, 1]
+    for epoch, two in first.items():
+        one = alone["records"][epoch]
+        assert (one["world_size"], two["world_size"]) == (1, 2)
+        assert (two["samples_seen"], two["step"]) == (PAIRS * epoch, 2 * epoch) == (one["samples_seen"], one["step"])
+        assert two["logit_scale"] == pytest.approx(one["logit_scale"], abs=1e-4)
+        # Every image is counted by one rank, and by one alone.
+        assert two["counts"]["search"]["n_clean"] + two["counts"]["report"]["n_clean"] == PAIRS
+        for split, counts in two["counts"].items():
+            for name in ("n_clean", "n_triggered"):
+                assert counts[name] == one["counts"][split][name]
+    assert first[0]["counts"] == alone["records"][0]["counts"]
+    assert first[1]["loss"] == pytest.approx(alone["records"][1]["loss"], rel=1e-5)
