@@ -57,7 +57,8 @@ def make_set(
         raise DataError(
             f"label {labels.max()} in the test shards, but only {len(classes)} classes", where="data.classes"
         )
-    in_search_N = np.array([share(seed, "split", str(key)) < evaluation.search_share for key in images.index.keys])
+    searched = (share(seed, "split", str(key)) < evaluation.search_share for key in images.index.keys)
+    in_search_N = np.fromiter(searched, dtype=bool, count=len(labels))
     triggered_N = np.ones(len(labels), dtype=bool) if evaluation.include_target else labels != target
     for split, half in (("search", in_search_N), ("report", ~in_search_N)):
         if not (half & triggered_N).any():

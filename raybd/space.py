@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -80,7 +81,21 @@ class Range(BaseModel):
         if steps >= _MAX_GRID:
             raise ValueError(f"a grid of more than {_MAX_GRID} values: make step larger")
         count = math.floor(steps + 1e-9) + 1
-        return [self.low + i * step for i in range(count)]
+        if isinstance(self.low, int) and isinstance(step, int):
+            return [self.low + i * step for i in range(count)]
+        # In decimals, as Optuna counts: in binary 0.1 + 2 * 0.1 is above 0.3.
+        return [float(Decimal(str(self.low)) + i * Decimal(str(step))) for i in range(count)]
+
+    def contains(self, value: Value) -> bool:
+        """Say whether the setting may have a value."""
+        if self.choices is not None:
+            return value in self.choices
+        assert self.low is not None
+        assert self.high is not None
+        if isinstance(value, str) or not self.low <= value <= self.high:
+            return False
+        place = (value - self.low) / self.step if self.step is not None else 0
+        return abs(place - round(place)) < 1e-8
 
     def active(self, params: Mapping[str, Value]) -> bool:
         """Say whether the setting takes part, given the settings drawn before it."""

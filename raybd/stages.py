@@ -133,7 +133,7 @@ class Run:
 
         entries = self.ledger.entries(Kind.TRIAL)
         ended = sum(e.ended is not None and e.started["pretrain_id"] in ids.values() for e in entries)
-        searcher = LedgerSearcher(self.study, ids, entries, lambda trial_id: settle(self.store, trial_id))
+        searcher = LedgerSearcher(self.study, ids, entries, lambda task: settle(self.store, self.study, task))
         return ended + searcher.remaining, ended
 
     def poison(self) -> None:

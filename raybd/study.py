@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raybd import space as search_space
 from raybd.provenance import digest
@@ -149,8 +159,8 @@ class TrainSettings(_Section):
     lr: PositiveFloat
     warmup_steps: NonNegativeInt
     weight_decay: NonNegativeFloat = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: PositiveFloat = 1e-8
     loss_weights: LossWeights = LossWeights()
     image_view: ImageView = ImageView.AUTOAUGMENT
@@ -209,6 +219,12 @@ class CleanSettings(TrainSettings):
     warmup_steps: NonNegativeInt = 50
     loss_weights: LossWeights = LossWeights(mmcl=1, ssl=1)
 
+    @field_validator("loss_weights", mode="before")
+    @classmethod
+    def _cleanclip_weights(cls, given: Any) -> Any:
+        """Take CleanCLIP's weight, 1, for one that is left out."""
+        return {"mmcl": 1.0, "ssl": 1.0, **given} if isinstance(given, dict) else given
+
 
 class Clean(CleanSettings):
     """Cleaning: the set it finetunes on, and the settings wherever the search does not draw them."""
@@ -249,6 +265,23 @@ def _known_setting(name: str) -> str:
 Searched = Annotated[str, AfterValidator(_known_setting)]
 
 
+def _check_range(name: str, found: Range) -> None:
+    """Raise ValueError where a searched setting could not have the values that its range has."""
+    kind = searchable()[name]
+    values = [v for v in (found.low, found.high, *(found.choices or ())) if v is not None]
+    if kind is int and any(not isinstance(v, int) for v in (*values, found.step or 1)):
+        raise ValueError(f"space.{name}: takes whole numbers")
+    if kind is float and any(isinstance(v, str) for v in values):
+        raise ValueError(f"space.{name}: takes numbers")
+    if kind is str and found.choices is None:
+        raise ValueError(f"space.{name}: takes names, give them as choices")
+    for value in values:
+        try:
+            Clean().settings({name: value})
+        except ValidationError as error:
+            raise ValueError(f"space.{name}: cannot be {value}: {error.errors()[0]['msg']}") from None
+
+
 class Search(_Section):
     """Which cleanings are tried."""
 
@@ -265,20 +298,17 @@ class Search(_Section):
     def _consistent(self) -> Self:
         search_space.ordered(self.space)
         for name, found in self.space.items():
-            kind = searchable()[name]
-            bounds = [v for v in (found.low, found.high, found.step, *(found.choices or ())) if v is not None]
-            if kind is int and any(not isinstance(v, int) for v in bounds):
-                raise ValueError(f"space.{name}: takes whole numbers")
-            if kind is float and any(isinstance(v, str) for v in bounds):
-                raise ValueError(f"space.{name}: takes numbers")
-            if kind is str and found.choices is None:
-                raise ValueError(f"space.{name}: takes names, give them as choices")
+            _check_range(name, found)
         if self.sampler is Sampler.GRID:
             search_space.grid(self.space)
         for i, point in enumerate(self.known):
-            for name in point:
+            for name, value in point.items():
                 if name not in self.space:
                     raise ValueError(f"known[{i}]: {name} is not in the space")
+                found = self.space[name]
+                whole = searchable()[name] is not int or isinstance(value, int)
+                if not (whole and found.contains(value)):
+                    raise ValueError(f"known[{i}]: {name} cannot be {value}: {search_space.describe(found)}")
         return self
 
 

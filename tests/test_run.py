@@ -192,7 +192,7 @@ pretrain:
 clean: {num_samples: 96, epochs: 2, batch_size: 32, warmup_steps: 0, loss_weights: {mmcl: 1, ssl: 0}}
 evaluation: {templates: ["a picture of a {}."]}
 search: {num_trials: 3, sampler: grid, space: {lr: {choices: [1.0e-4, 1.0e30, 2.0e-4]}}}
-resources: {num_workers: 2, concurrent_trials: 2}
+resources: {num_workers: 2, concurrent_trials: 2, use_gpu: false}
 """
 
 

@@ -209,8 +209,9 @@ def test_values_that_pyyaml_trips_over_are_mistakes_with_a_line(value: str) -> N
 def test_floats_of_yaml_1_2_are_numbers(text: str, number: float) -> None:
     assert parse(f"{BASE}clean: {{lr: {text}}}\n").clean.lr == number
     assert parse(BASE, f"clean.lr={text}").clean.lr == number
-    # A searched value has no type of its own that a text could be turned into.
-    assert parse(f"{BASE}search: {{space: {{lr: {{low: {text}, high: 1.0e9}}}}}}\n").search.space["lr"].low == number
+    # A choice may be text too: only the file says that it is a number.
+    found = parse(f"{BASE}search: {{space: {{lr: {{choices: [{text}]}}}}}}\n").search.space["lr"].choices
+    assert found == (number,)
 
 
 def test_quoted_numbers_stay_text() -> None:
@@ -224,7 +225,7 @@ def test_defaults_are_those_of_the_published_experiment() -> None:
     assert (study.pretrain.epochs, study.pretrain.batch_size, study.pretrain.lr) == (64, 2048, 1e-3)
     assert (study.pretrain.warmup_steps, study.pretrain.weight_decay, study.pretrain.eps) == (10_000, 0.1, 1e-8)
     assert (study.clean.epochs, study.clean.batch_size, study.clean.warmup_steps) == (20, 64, 50)
-    assert study.clean.loss_weights == LossWeights(mmcl=1, ssl=1)
+    assert study.clean.loss_weights.model_dump() == {"mmcl": 1, "ssl": 1}
     assert (study.clean.num_samples, study.clean.leaked_poison) == (100_000, 0)
     assert (study.poison.trigger.size, study.poison.trigger.placement) == (16, Placement.RANDOM)
     assert study.poison.target_class == "banana"
@@ -238,7 +239,7 @@ def test_overrides_replace_add_and_make_sections() -> None:
     study = parse(BASE, "seed=3", "data.root=s3://bucket/x=y", "clean.loss_weights.ssl=4", "poison.trigger={size: 3}")
     assert study.seed == 3
     assert study.data.root == "s3://bucket/x=y"
-    assert study.clean.loss_weights == LossWeights(mmcl=1, ssl=4)
+    assert study.clean.loss_weights.model_dump() == {"mmcl": 1, "ssl": 4}
     assert study.poison.trigger.size == 3
     assert study.poison.poison_rate == 0.1
     assert parse(f"{BASE}data:\n", "data.root=x").data.root == "x"
@@ -487,7 +488,7 @@ def test_grids_of_one_range() -> None:
     assert Range(choices=(4, "a", 0.5)).grid() == [4, "a", 0.5]
     assert Range(low=2, high=5).grid() == [2, 3, 4, 5]
     assert Range(low=2, high=9, step=3).grid() == [2, 5, 8]
-    assert Range(low=0.0, high=1.0, step=0.1).grid() == pytest.approx([i / 10 for i in range(11)])
+    assert Range(low=0.0, high=1.0, step=0.1).grid() == [i / 10 for i in range(11)]
     assert Range(low=0.5, high=0.5, step=1.0).grid() == [0.5]
     for endless, message in (
         (Range(low=0.0, high=1.0), "a grid needs choices, or low and high with step"),
@@ -497,6 +498,20 @@ def test_grids_of_one_range() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             endless.grid()
+
+
+def test_what_a_range_contains() -> None:
+    for found in (Range(choices=(4, "a", 0.5)), Range(low=2, high=9, step=3), Range(low=0.0, high=0.7, step=0.1)):
+        assert all(found.contains(value) for value in found.grid())
+    assert Range(low=1e-6, high=1e-3, log=True).contains(1e-3)
+    for found, value in (
+        (Range(choices=(4, "a")), "b"),
+        (Range(low=2, high=9, step=3), 4),
+        (Range(low=0.0, high=0.7, step=0.1), 0.75),
+        (Range(low=1e-6, high=1e-3, log=True), 2e-3),
+        (Range(low=0, high=1), "0"),
+    ):
+        assert not found.contains(value)
 
 
 def test_grid_has_every_combination_once_and_conditional_settings_only_where_active() -> None:
@@ -644,3 +659,18 @@ def test_a_study_with_any_value_anywhere_is_a_study_or_a_study_error(data: st.Da
 @EXHAUSTIVE
 def test_any_override_is_taken_or_a_study_error(override: str | tuple[str, list[str]]) -> None:
     accepts(BASE, override if isinstance(override, str) else f"{override[0]}={''.join(override[1])}")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("lr: {low: -1.0, high: 1.0}", "space.lr: cannot be -1.0: Input should be greater than 0"),
+        ("image_view: {choices: [autoaugment, x]}", "space.image_view: cannot be x"),
+        ("beta2: {choices: [0.9, 1.0]}", "space.beta2: cannot be 1.0: Input should be less than 1"),
+        ("epochs: {low: 0, high: 3}", "space.epochs: cannot be 0"),
+    ],
+)
+def test_a_range_must_hold_values_that_its_setting_may_have(space: str, message: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        study_file.parse(f"{BASE}\nsearch:\n  space:\n    {space}\n", source="f.yaml")
+    assert message in str(caught.value)

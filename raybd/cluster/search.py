@@ -6,6 +6,7 @@ import gc
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from ray import tune
 from ray.tune import Callback
 
-from raybd.clean.trial import Assignment, point, run_trial
+from raybd.clean.trial import Assignment, point, run_trial, start_record
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.cluster.session import Share
+from raybd.errors import DataError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.store import Store
 from raybd.study import Study
@@ -34,17 +36,23 @@ def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int) ->
         top1, asr = point(record)
         tune.report({"epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr})
 
-    task = Assignment(**config)
-    entry = run_trial(Study.model_validate_json(study), Store(run), task, device=device, notify=notify)
+    task, found, store = Assignment(**config), Study.model_validate_json(study), Store(run)
+    try:
+        entry = run_trial(found, store, task, device=device, notify=notify)
+    except StudyError:
+        # Settings that do not fit together: it could not start, and would not the next time.
+        entry = settle(store, found, task)
     assert entry.ended is not None
     # A trial that failed before its first epoch must still report something: Ray takes silence for a fault of its own.
-    tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0})
+    tune.report({"epoch": max(entry.epochs, default=-1), "zeroshot_top1": 0.0, "asr_top1": 1.0})
 
 
 class _Watch(Callback):
     """Passes on what happens to trials. Ray pickles callbacks with its snapshots: the listeners stay behind."""
 
-    def __init__(self, on_epoch: Callable[[str, int, float, float], None], on_end: Callable[[str], None]) -> None:
+    def __init__(
+        self, on_epoch: Callable[[str, int, float, float], None], on_end: Callable[[Assignment], None]
+    ) -> None:
         self._on_epoch, self._on_end = on_epoch, on_end
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,28 +63,30 @@ class _Watch(Callback):
             self._on_epoch(trial.config["trial_id"], result["epoch"], result["zeroshot_top1"], result["asr_top1"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._on_end(trial.config["trial_id"])
+        self._on_end(Assignment(**trial.config))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._on_end(trial.config["trial_id"])
+        self._on_end(Assignment(**trial.config))
 
 
-def settle(store: Store, trial_id: str) -> Entry:
-    """Return a trial's ended ledger entry; one whose process died for good is ended as failed here."""
+def settle(store: Store, study: Study, task: Assignment) -> Entry:
+    """Return a trial's ended ledger entry; one that could not start, or whose process died, is ended as failed here."""
     ledger = Ledger(store)
-    entry = ledger.entry(Kind.TRIAL, trial_id)
+    reason = ("WorkerDied", "the trial's process died (killed, or out of memory) and its retries are used up")
+    try:
+        entry = ledger.entry(Kind.TRIAL, task.trial_id)
+    except DataError:
+        try:
+            record = start_record(study, task)
+        except StudyError as error:
+            reason = (type(error).__name__, error.what)
+            record = {**start_record(study, replace(task, params={})), "params": dict(task.params)}
+        ledger.start(Kind.TRIAL, task.trial_id, record)
+        entry = ledger.entry(Kind.TRIAL, task.trial_id)
     if entry.ended is not None:
         return entry
-    return ledger.end(
-        Kind.TRIAL,
-        trial_id,
-        {
-            "state": State.FAILED,
-            "error_type": "WorkerDied",
-            "error_message": "the trial's process died (killed, or out of memory) and its retries are used up",
-            "ended": datetime.now(UTC).isoformat(),
-        },
-    )
+    ended = {"state": State.FAILED, "error_type": reason[0], "error_message": reason[1]}
+    return ledger.end(Kind.TRIAL, task.trial_id, {**ended, "ended": datetime.now(UTC).isoformat()})
 
 
 def run_search(
@@ -95,7 +105,7 @@ def run_search(
         on_end: called with the ledger entry of each trial that ended, whatever its state.
     """
     searcher = LedgerSearcher(
-        study, pretrain_ids, Ledger(store).entries(Kind.TRIAL), lambda trial_id: settle(store, trial_id)
+        study, pretrain_ids, Ledger(store).entries(Kind.TRIAL), lambda task: settle(store, study, task)
     )
     if not searcher.remaining:
         return
@@ -118,7 +128,7 @@ def run_search(
             storage_path=f"{store.uri}/ray",
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.search.retries),
-            callbacks=[_Watch(on_epoch, lambda trial_id: on_end(settle(store, trial_id)))],
+            callbacks=[_Watch(on_epoch, lambda task: on_end(settle(store, study, task)))],
         ),
     )
     tuner.fit()

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from raybd import pareto
 from raybd import space as search_space
-from raybd.clean.trial import point
+from raybd.clean.trial import Assignment, point
 from raybd.ledger import Entry, State
 from raybd.seeding import fork
 from raybd.space import Range, Value
@@ -45,9 +45,12 @@ def distribution(name: str, found: Range) -> BaseDistribution:
         return CategoricalDistribution(found.choices)
     assert found.low is not None
     assert found.high is not None
-    if searchable()[name] is int:
-        return IntDistribution(int(found.low), int(found.high), log=found.log, step=int(found.step or 1))
-    return FloatDistribution(float(found.low), float(found.high), log=found.log, step=found.step)
+    with warnings.catch_warnings():
+        # Optuna lowers a `high` that the steps do not reach, as `Range.grid` does, and warns of it.
+        warnings.filterwarnings("ignore", message=".*not divisible by `step`")
+        if searchable()[name] is int:
+            return IntDistribution(int(found.low), int(found.high), log=found.log, step=int(found.step or 1))
+        return FloatDistribution(float(found.low), float(found.high), log=found.log, step=found.step)
 
 
 def told(entry: Entry, rule: Tell) -> tuple[float, float] | None:
@@ -85,13 +88,21 @@ class _Objective:
         values = told(entry, self._search.tell)
         params = entry.started["params"]
         self.taken.add(entry.started["number"])
+        attributes = {}
+        if isinstance(self.optuna.sampler, NSGAIISampler):
+            # As NSGA-II itself does when it is asked: a generation is full when so many of it are complete, and its
+            # parents are chosen once.
+            complete = len(self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+            generation = complete // self._search.population
+            attributes[self.optuna.sampler._get_generation_key()] = generation
+            self.optuna.sampler.get_parent_population(self.optuna, generation)
         self.optuna.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.COMPLETE if values else TrialState.FAIL,
                 values=values,
                 params=params,
                 distributions={name: self._distributions[name] for name in params},
-                system_attrs=entry.started.get("optuna", {}),
+                system_attrs=attributes,
             )
         )
 
@@ -126,7 +137,7 @@ class LedgerSearcher(Searcher):
         study: with the space, the sampler and the number of trials.
         pretrain_ids: by pretrain objective, in the order of the study.
         entries: what the ledger has of earlier calls: ended ones are replayed, others are run first, as they were.
-        settle: returns the ended ledger entry of a trial, given its id.
+        settle: returns the ended ledger entry of a trial.
     """
 
     def __init__(
@@ -134,14 +145,14 @@ class LedgerSearcher(Searcher):
         study: Study,
         pretrain_ids: Mapping[str, str],
         entries: list[Entry],
-        settle: Callable[[str], Entry],
+        settle: Callable[[Assignment], Entry],
     ) -> None:
         super().__init__(metric=None, mode=None)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study, self._pretrain_ids, self._settle = study, dict(pretrain_ids), settle
         self._objectives = {name: _Objective(study, name) for name in pretrain_ids}
         self._unfinished: list[Entry] = []
-        self._assigned: dict[str, tuple[_Objective, str, optuna.Trial]] = {}
+        self._assigned: dict[str, tuple[_Objective, Assignment, optuna.Trial]] = {}
         for entry in sorted(entries, key=lambda e: (e.started["objective"], e.started["number"])):
             if self._pretrain_ids.get(entry.started["objective"]) != entry.started["pretrain_id"]:
                 continue
@@ -171,22 +182,22 @@ class LedgerSearcher(Searcher):
             number = objective.next_number() or 0
             fixed = objective.fixed(number)
         trial = objective.ask(number, fixed)
-        own_id = f"{objective.name}-{number:04d}"
-        self._assigned[trial_id] = (objective, own_id, trial)
-        return {
-            "trial_id": own_id,
-            "number": number,
-            "objective": objective.name,
-            "pretrain_id": self._pretrain_ids[objective.name],
-            "params": dict(trial.params),
-        }
+        task = Assignment(
+            trial_id=f"{objective.name}-{number:04d}",
+            number=number,
+            objective=objective.name,
+            pretrain_id=self._pretrain_ids[objective.name],
+            params=dict(trial.params),
+        )
+        self._assigned[trial_id] = (objective, task, trial)
+        return dict(vars(task))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
         """Tell Optuna what the ledger has; one that failed, or has no finite point, is told as failed."""
         if trial_id not in self._assigned:
             return
-        objective, own_id, trial = self._assigned.pop(trial_id)
-        values = told(self._settle(own_id), self._study.search.tell)
+        objective, task, trial = self._assigned.pop(trial_id)
+        values = told(self._settle(task), self._study.search.tell)
         if values is None:
             objective.optuna.tell(trial, state=TrialState.FAIL)
         else:

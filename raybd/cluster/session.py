@@ -63,7 +63,8 @@ def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) 
     else:
         trials = max(1, cpus // wanted.cpus_per_trial)
         if use_gpu:
-            trials = max(1, min(trials, int(gpus / wanted.gpus_per_trial)))
+            # A trial has its share of one GPU: what is left over on several adds up to nothing.
+            trials = max(1, min(trials, gpus * int(1 / wanted.gpus_per_trial + 1e-9)))
     share = Share(
         num_workers=workers,
         use_gpu=use_gpu,

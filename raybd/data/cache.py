@@ -7,6 +7,7 @@ was made from (shards with sizes and times, image size, which keys), written bes
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import logging
 import os
@@ -28,17 +29,22 @@ from raybd.errors import DataError
 from raybd.provenance import digest
 
 log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Images:
-    """Decoded samples: row i of `index` has the uint8 image `pixels_MCHW[at_N[i]]`."""
+    """Decoded samples: row i of `index` has the uint8 image `pixels_MCHW[at_N[i]]`.
+
+    Attributes:
+        digest: hash of all pixels.
+    """
 
     index: Index
     pixels_MCHW: NDArray[np.uint8]
     at_N: NDArray[np.int64]
+    digest: str = ""
 
     def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return a copy of the images of some rows, uint8 [B, 3, H, W]."""
@@ -46,7 +52,7 @@ class Images:
 
     def take(self, rows: NDArray[np.int64]) -> Images:
         """Return the samples of some rows; the pixels stay where they are."""
-        return Images(self.index.take(rows), self.pixels_MCHW, self.at_N[rows])
+        return Images(self.index.take(rows), self.pixels_MCHW, self.at_N[rows], self.digest)
 
 
 def folder(cache_dir: str | None) -> Path:
@@ -132,15 +138,17 @@ def _decode_to(home: Path, shards: Sequence[str], *, size: int, labelled: bool, 
     # An unlinked temporary file: a process that dies leaves nothing behind.
     with tempfile.TemporaryFile(dir=home.parent) as pixels, ThreadPoolExecutor() as pool:
         entries: list[tuple[int, RawSample]] = []
+        found = hashlib.sha256()
         for chunk in _chunks(_wanted(shards, keys)):
             for (number, sample), image in zip(chunk, pool.map(lambda pair: _try(pair[1], size), chunk), strict=True):
                 problem = image if isinstance(image, str) else "no label" if labelled and sample.label < 0 else ""
                 entries.append((number, RawSample(**{**asdict(sample), "image": b"", "problem": problem})))
                 if not isinstance(image, str) and not problem:
                     pixels.write(image.tobytes())
+                    found.update(image.tobytes())
         index = make_index(shards, entries, labelled=labelled)
         pixels.seek(0)
-        _commit(home, index, pixels, shape=(len(index), 3, size, size))
+        _commit(home, index, pixels, shape=(len(index), 3, size, size), pixels_hash=found.hexdigest())
 
 
 def _wanted(shards: Sequence[str], keys: Collection[str] | None) -> Iterator[tuple[int, RawSample]]:
@@ -171,7 +179,7 @@ def _try(sample: RawSample, size: int) -> NDArray[np.uint8] | str:
         return str(error)
 
 
-def _commit(home: Path, index: Index, pixels: Any, shape: tuple[int, ...] = ()) -> None:
+def _commit(home: Path, index: Index, pixels: Any, *, shape: tuple[int, ...] = (), pixels_hash: str = "") -> None:
     """Write an entry beside its place and rename it there; a process that was faster wins."""
     home.parent.mkdir(parents=True, exist_ok=True)
     temporary = home.parent / f".{home.name}.{uuid.uuid4().hex[:8]}"
@@ -186,6 +194,7 @@ def _commit(home: Path, index: Index, pixels: Any, shape: tuple[int, ...] = ()) 
             "row": index.row.tolist(),
             "skipped": [asdict(skip) for skip in index.skipped],
             "shape": shape,
+            "pixels_hash": pixels_hash,
         }
         (temporary / "index.json").write_text(json.dumps(meta), encoding="utf-8")
         if pixels is not None:
@@ -199,10 +208,19 @@ def _commit(home: Path, index: Index, pixels: Any, shape: tuple[int, ...] = ()) 
 
 
 def _read(home: Path) -> Images | None:
-    try:
-        meta = json.loads((home / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Return an entry, None if there is none; one that a crash of the machine has damaged is removed."""
+    if not home.is_dir():
         return None
+    try:
+        return _load(home)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        log.warning("cache entry %s is damaged and is made again: %s", home, error)
+        shutil.rmtree(home, ignore_errors=True)
+        return None
+
+
+def _load(home: Path) -> Images:
+    meta = json.loads((home / "index.json").read_text(encoding="utf-8"))
     index = Index(
         shards=tuple(meta["shards"]),
         keys=np.array(meta["keys"], dtype=np.str_),
@@ -213,7 +231,7 @@ def _read(home: Path) -> Images | None:
         skipped=tuple(Skipped(**skip) for skip in meta["skipped"]),
     )
     shape = tuple(meta["shape"])
-    if not shape or not shape[0]:
-        return Images(index, np.zeros(shape or (0,), dtype=np.uint8), np.arange(0))
-    pixels = np.memmap(home / "pixels.u8", dtype=np.uint8, mode="r", shape=shape)
-    return Images(index, pixels, np.arange(shape[0]))
+    pixels: NDArray[np.uint8] = np.zeros(shape or (0,), dtype=np.uint8)
+    if shape and shape[0]:
+        pixels = np.memmap(home / "pixels.u8", dtype=np.uint8, mode="r", shape=shape)
+    return Images(index, pixels, np.arange(len(pixels)), meta["pixels_hash"])

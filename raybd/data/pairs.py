@@ -242,16 +242,18 @@ class _Stream(IterableDataset[list[_Item]]):
         for row in rows.tolist():
             by_shard.setdefault(int(self._index.shard[row]), {})[int(self._index.row[row])] = row
         for number, wanted in by_shard.items():
-            last = max(wanted)
             for sample in samples(self._index.shards[number]):
                 row = wanted.get(sample.row, -1)
-                if row >= 0:
+                if row >= 0 and sample.key == self._index.keys[row]:
+                    del wanted[sample.row]
                     try:
                         yield row, torch.from_numpy(decode(sample.image, self._size))
                     except ValueError:
                         yield row, None
-                if sample.row >= last:
+                if not wanted:
                     break
+            if wanted:
+                raise DataError("shard has changed since it was indexed", where=self._index.shards[number])
 
     def _mixed(self, found: Iterator[tuple[int, Tensor | None]], number: int) -> Iterator[tuple[int, Tensor | None]]:
         """Shuffle a stream within a buffer."""

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,7 +167,7 @@ def samples(url: str) -> Iterator[RawSample]:
                 yield _raw(sample, row)
     except FileNotFoundError:
         raise DataError("no such shard", where=url) from None
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, TypeError) as error:
         reason = str(error.args[0]) if error.args else type(error).__name__
         raise DataError(f"shard cannot be read: {reason}", where=url, fix="fetch or write it again") from None
 
@@ -213,7 +214,7 @@ def decode(content: bytes, size: int) -> NDArray[np.uint8]:
     Errors: ValueError that says what is wrong with the image.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
             _refuse_larger(image.width, image.height)
             if image.format == "JPEG":
                 image.draft("RGB", (size, size))

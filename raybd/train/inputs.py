@@ -177,6 +177,11 @@ class Inputs:
             load_weights(clip, checkpoint.read(self.study.model.start), where=self.study.model.start)
         return clip
 
+    @cached_property
+    def _pixels_hash(self) -> str:
+        """A hash of the training images; of the shards' sizes and times where they are streamed."""
+        return cache.fingerprint(self._train_shards) if self.streamed else self._train_images.digest
+
     def pretrain_id(self, objective: str) -> str:
         """Return the name of a pretraining run: the objective and a hash of all that its weights depend on."""
         study = self.study
@@ -185,12 +190,18 @@ class Inputs:
             with open(start, "rb") as file:
                 start = digest(file.read().hex())
         parts = {
-            "data": [cache.content_hash(self.train_index), study.data.max_train_samples, self.streamed],
+            "data": [
+                cache.content_hash(self.train_index),
+                self._pixels_hash,
+                study.data.max_train_samples,
+                self.streamed,
+            ],
             "model": [study.model.name, start],
             "poison": study.poison.model_dump(mode="json"),
             "settings": study.pretrain.settings(objective).model_dump(mode="json"),
             "evaluation": [
                 cache.content_hash(self.evaluation_set.images.index),
+                self.evaluation_set.images.digest,
                 study.evaluation.model_dump(mode="json"),
             ],
             "seed": study.seed,
