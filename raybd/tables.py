@@ -171,7 +171,7 @@ def read(store: Store, table: str) -> pa.Table:
     found = []
     for name in store.names(f"tables/{table}", suffix=".parquet"):
         try:
-            part = pq.read_table(pa.BufferReader(store.get(name)))
+            part = pq.ParquetFile(pa.BufferReader(store.get(name))).read()
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"not a readable Parquet file: {error}", where=store.path(name)) from None
         version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")

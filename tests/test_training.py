@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -136,11 +136,14 @@ def test_no_warm_up_starts_at_the_base_and_a_run_shorter_than_its_warm_up_only_r
 
 @unhurried
 @given(st.floats(1e-9, 10.0), st.integers(0, 200), st.integers(1, 400), st.integers(0, 500))
+@example(0.1, 3, 400, 2)  # 0.1 * 3 / 3 is above 0.1
 def test_never_negative_and_never_above_the_base(base: float, warmup: int, total: int, step: int) -> None:
     lr = cosine_with_warmup(step, base_lr=base, warmup_steps=warmup, total_steps=total)
     assert 0.0 <= lr <= base
     if step < min(warmup, total):
         assert lr > 0.0
+    if step >= total > warmup:
+        assert lr <= 1e-15 * base
 
 
 # The loop.

@@ -129,7 +129,7 @@ class Training:
             if not torch.isfinite(loss.total):
                 raise TrialError(
                     f"loss is {value} at step {self.step} (epoch {epoch}, lr {lr:.3g})",
-                    fix="lower the learning rate; the weights before this step are kept",
+                    fix="lower the learning rate",
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.total.backward()

@@ -14,6 +14,6 @@ def cosine_with_warmup(step: int, *, base_lr: float, warmup_steps: int, total_st
     A run shorter than its warm-up spends itself warming up.
     """
     if step < warmup_steps:
-        return base_lr * (step + 1) / warmup_steps
+        return base_lr * ((step + 1) / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return base_lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
