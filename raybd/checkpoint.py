@@ -38,7 +38,7 @@ def metadata_of(content: bytes) -> dict[str, Any]:
     return json.loads(header.get("__metadata__", {}).get("raybd", "{}"))
 
 
-def read_foreign(path: str) -> dict[str, Tensor]:
+def read(path: str) -> dict[str, Tensor]:
     """Read weights that someone else wrote, for an open_clip model: `.safetensors`, or a PyTorch file.
 
     A PyTorch file may hold the weights themselves or a training checkpoint with them under `state_dict`; the
@@ -67,11 +67,6 @@ def read_foreign(path: str) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError("holds no weights", where=path, expected="a mapping of names to tensors, or `state_dict`")
     return {str(name).removeprefix("module."): value for name, value in found.items()}
-
-
-def read(path: str) -> dict[str, Tensor]:
-    """Read weights from a path; the same as `read_foreign`, which trusts no file."""
-    return read_foreign(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from raybd.errors import RaybdError
+from raybd.errors import RaybdError, StudyError
 
 FAILED_TRIALS, INTERRUPTED = 4, 130
 
@@ -20,6 +21,13 @@ class Format(StrEnum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
+
+
+class FrontKind(StrEnum):
+    """Which epochs compete for a front."""
+
+    ANY_EPOCH = "any_epoch"
+    FINAL = "final"
 
 
 app = typer.Typer(
@@ -59,18 +67,19 @@ def _carry_out(
     """Run a study as far as `until` and print where it leaves off."""
     from raybd import study_file
 
-    found = study_file.load(study, overrides=overrides or [])
+    found = study_file.anchored(study_file.load(study, overrides=overrides or []))
     where = run_dir or f"runs/{found.name}"
     from raybd.console import View
-    from raybd.stages import Run, Stage, open_run
+    from raybd.stages import Run, Stage
+    from raybd.store import Store
 
     view = View()
     try:
         view.line("loading torch and open_clip", style="dim")
-        run = Run(found, open_run(found, where, allow_code_change=allow_code_change), view, address=address)
+        run = Run(found, Store(where), view, address=address, allow_code_change=allow_code_change)
         outcome = run.run(Stage[until.upper()])
     except KeyboardInterrupt:
-        command = " ".join(["raybd", *sys.argv[1:]])
+        command = shlex.join(["raybd", *sys.argv[1:]])
         view.line(f"\ninterrupted; what is done is kept. To go on:\n  {command}")
         raise typer.Exit(INTERRUPTED) from None
     if until != "poison":
@@ -137,14 +146,16 @@ def poison(
     """Draw the poison plan and write it into the run directory; nothing is trained."""
     from raybd import study_file
 
-    found = study_file.load(study, overrides=set_ or [])
+    if preview and not preview.parent.is_dir():
+        raise StudyError("no such folder", where=f"--preview {preview}", fix=f"mkdir -p {preview.parent}")
+    found = study_file.anchored(study_file.load(study, overrides=set_ or []))
     where = run_dir or f"runs/{found.name}"
     from raybd.console import View
-    from raybd.stages import Run, open_run
+    from raybd.stages import Run
+    from raybd.store import Store
 
     view = View()
-    run = Run(found, open_run(found, where), view)
-    run.inputs.check()
+    run = Run(found, Store(where), view)
     run.poison()
     view.line(f"plan: {run.store.path('tables/poison_plan/plan.parquet')}")
     if preview:
@@ -166,7 +177,7 @@ def validate(study: StudyArgument, set_: SetOption = None) -> None:
 def pareto(
     run: RunArgument,
     format_: FormatOption = Format.TABLE,
-    kind: Annotated[str, typer.Option(help="any_epoch or final; for tables")] = "any_epoch",
+    kind: Annotated[FrontKind, typer.Option(help="for tables: which epochs compete")] = FrontKind.ANY_EPOCH,
 ) -> None:
     """Print fronts, hypervolumes and the best ASR within 1, 3 and 5 points of accuracy."""
     from raybd import fronts, tables

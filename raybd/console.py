@@ -31,16 +31,12 @@ def _span(seconds: float) -> str:
 
 
 class View:
-    """The screen of a run. Lines go to standard output; with a terminal, a live line says what is under way.
+    """The screen of a run. Lines go to standard output; with a terminal, a live line says what is under way."""
 
-    Args:
-        quiet: print nothing but warnings.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         # Without a terminal lines must not be wrapped: another program may read them.
         width = None if sys.stdout.isatty() else 10_000
-        self.console = Console(quiet=quiet, highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
+        self.console = Console(highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
         self._status: Status | None = None
         self._started = time.monotonic()
         handler = RichHandler(

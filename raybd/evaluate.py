@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -87,9 +89,14 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+@lru_cache(maxsize=2)
+def _prompt_tokens(model: str, prompts: tuple[str, ...]) -> Tensor:
+    return open_clip.get_tokenizer(model)(list(prompts))
+
+
 def class_embeddings(clip: Clip, found: EvaluationSet, *, device: torch.device) -> Tensor:
     """Return normalised class embeddings [C, D]: the mean of the normalised prompt embeddings, normalised again."""
-    tokens_PL = clip.tokenize(list(found.prompts))
+    tokens_PL = _prompt_tokens(clip.name, found.prompts)
     parts = [clip.net.encode_text(part.to(device), normalize=True).float() for part in tokens_PL.split(1024)]
     mean_CD = torch.cat(parts).view(found.num_classes, -1, parts[0].shape[-1]).mean(dim=1)
     return F.normalize(mean_CD, dim=-1)
@@ -135,7 +142,9 @@ def _count(
     both = torch.cat([clean_BCHW, torch.stack(triggered)]) if triggered else clean_BCHW
     pixels = clip.normalise(both.to(device)).contiguous(memory_format=torch.channels_last)
     features = clip.net.encode_image(pixels, normalize=True).float()
-    predicted = (features @ classes_CD.T).argmax(dim=-1).cpu().numpy()
+    # Outside autocast: in bf16 close classes would tie, and a tie goes to the lowest class number.
+    with torch.autocast(device.type, enabled=False):
+        predicted = (features @ classes_CD.T).argmax(dim=-1).cpu().numpy()
     labels, clean, attacked = found.images.index.labels[rows], predicted[: len(rows)], predicted[len(rows) :]
     counts = {}
     for split, half in (("search", found.in_search_N[rows]), ("report", ~found.in_search_N[rows])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,13 @@ def _groups(epochs: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return dict(sorted(found.items()))
 
 
-def _candidates(rows: Sequence[Row], kind: str, trial_order: Mapping[str, int]) -> list[Row]:
-    """Return the `search` rows that compete: every epoch, or each trial's last (the uncleaned model counts in both)."""
+def _candidates(
+    rows: Sequence[Row], kind: str, trial_order: Mapping[str, int], unfinished: Collection[str]
+) -> list[Row]:
+    """Return the `search` rows that compete: every epoch, or the last of each trial that came to its end.
+
+    The uncleaned model counts in both.
+    """
     searched = sorted(
         (row for row in rows if row["split"] == "search"),
         key=lambda row: (trial_order.get(row["trial_id"], 1 << 60), row["trial_id"], row["epoch"]),
@@ -41,7 +46,11 @@ def _candidates(rows: Sequence[Row], kind: str, trial_order: Mapping[str, int]) 
     last: dict[str, int] = {}
     for row in searched:
         last[row["trial_id"]] = max(row["epoch"], last.get(row["trial_id"], 0))
-    return [row for row in searched if row["epoch"] in (0, last[row["trial_id"]])]
+    return [
+        row
+        for row in searched
+        if row["epoch"] == 0 or (row["epoch"] == last[row["trial_id"]] and row["trial_id"] not in unfinished)
+    ]
 
 
 def compute(epochs: Iterable[Row], trials: Iterable[Row]) -> list[dict[str, Any]]:
@@ -56,12 +65,14 @@ def compute(epochs: Iterable[Row], trials: Iterable[Row]) -> list[dict[str, Any]
 
     Returns: rows of the `fronts` table, by objective, method, kind, split and rising accuracy on the search half.
     """
-    number = {row["trial_id"]: row["number"] for row in trials}
+    known = list(trials)
+    number = {row["trial_id"]: row["number"] for row in known}
+    unfinished = {row["trial_id"] for row in known if row.get("state", "complete") != "complete"}
     found: list[dict[str, Any]] = []
     for rows in _groups(epochs).values():
         by_point = {(row["trial_id"], row["epoch"], row["split"]): row for row in rows}
         for kind in KINDS:
-            candidates = _candidates(rows, kind, number)
+            candidates = _candidates(rows, kind, number, unfinished)
             if not candidates:
                 continue
             kept = pareto.front([r["zeroshot_top1"] for r in candidates], [r["asr_top1"] for r in candidates])

@@ -74,6 +74,10 @@ class Ledger:
         self._put(f"ledger/{kind}/{id}/ended.json", content)
         return self.entry(kind, id)
 
+    def has_ended(self, kind: Kind, id: str) -> bool:
+        """Say whether an entry has ended."""
+        return self._store.exists(f"ledger/{kind}/{id}/ended.json")
+
     def entry(self, kind: Kind, id: str) -> Entry:
         """Return one entry. Errors: DataError if it never started."""
         names = self._names(kind, id)

@@ -31,6 +31,10 @@ def wilson(successes: int, n: int, *, z: float = Z_95) -> tuple[float, float]:
     return low, high
 
 
+# Poisoned models whose backdoors are less alike, or weaker, than this are poor ground for comparing cleanings.
+ALIKE, STRONG = 0.05, 0.95
+
+
 @dataclass(frozen=True)
 class Counts:
     """What was counted on one half of the evaluation set.

@@ -122,14 +122,15 @@ class Clip:
 
 
 def check_name(name: str) -> None:
-    """Raise StudyError unless `name` is a model."""
+    """Raise StudyError unless `name` is a model that is trained with two towers and a logit scale."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=3)
-        raise StudyError(
-            f"no model of the name {name!r}",
-            where="model.name",
-            fix=f"did you mean {', '.join(close)}?" if close else "",
-        )
+        fix = f"did you mean {', '.join(close)}?" if close else ""
+        raise StudyError(f"no model of the name {name!r}", where="model.name", fix=fix)
+    config = open_clip.get_model_config(name)
+    if "multimodal_cfg" in config or "init_logit_bias" in config:
+        kind = "a captioning model" if "multimodal_cfg" in config else "a model with a logit bias (SigLIP)"
+        raise StudyError(f"{name} is {kind}, not a CLIP model with a logit scale", where="model.name")
 
 
 def image_size(name: str) -> int:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -146,8 +146,3 @@ def describe(found: Range) -> str:
         return ", ".join(str(value) for value in found.choices)
     extra = " (log)" if found.log else f" (step {found.step})" if found.step is not None else ""
     return f"{found.low} … {found.high}{extra}"
-
-
-def as_json(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters with keys sorted, ready for a ledger or a hash."""
-    return dict(sorted(params.items()))

@@ -14,13 +14,10 @@ from raybd import fronts, provenance, tables
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.metrics import ALIKE, STRONG
 from raybd.records import epoch_rows, pretrain_rows, trial_row
 from raybd.store import Store
-from raybd.study import Study, differences
-
-# Settings that may differ between two calls on one run directory: they change what is done, not what it gives.
-_FREE = ("resources", "search.num_trials", "search.retries", "data.cache_gb", "data.cache_dir", "data.loader_workers")
-_ASR_GAP, _ASR_FLOOR = 0.05, 0.95
+from raybd.study import FREE_SETTINGS, Study, differences
 
 
 class Stage(IntEnum):
@@ -39,53 +36,25 @@ class Outcome:
     report: str
 
 
-def open_run(study: Study, run_dir: str, *, allow_code_change: bool = False) -> Store:
-    """Open the run directory of a study, new or one to go on with; write the resolved study into a new one.
-
-    Errors: StudyError where the directory holds another study, or results of other code.
-    """
-    store = Store(run_dir)
-    new: dict[str, Any] = {
-        "study": study.resolved(),
-        "hash": study.hash(),
-        "environment": provenance.environment(),
-        "created": datetime.now(UTC).isoformat(),
-    }
-    if not store.exists("study.json"):
-        store.put("study.json", json.dumps(new, indent=1).encode())
-        return store
-    old = json.loads(store.get("study.json"))
-    changed = [
-        found
-        for found in differences(old["study"], new["study"])
-        if not any(found.partition(":")[0].startswith(free) for free in _FREE)
-    ]
-    if changed:
-        raise StudyError(
-            "this run directory holds another study: " + "; ".join(changed),
-            where=run_dir,
-            fix="give another --run-dir, or undo the changes",
-        )
-    code = old["environment"]["raybd"]
-    if code != provenance.code_version() and not allow_code_change:
-        raise StudyError(
-            f"made by raybd {code}, this is {provenance.code_version()}: their numbers may differ",
-            where=run_dir,
-            fix="give another --run-dir, use that version, or pass --allow-code-change",
-        )
-    old["study"], old["environment"] = new["study"], {**new["environment"], "raybd": code}
-    store.put("study.json", json.dumps(old, indent=1).encode())
-    return store
-
-
 class Run:
     """A study in its run directory.
 
     Args:
         address: of a Ray cluster; None uses this machine.
+        allow_code_change: go on with what another version of raybd made.
+
+    Errors: StudyError where the directory holds another study, or results of other code.
     """
 
-    def __init__(self, study: Study, store: Store, view: View, *, address: str | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        view: View,
+        *,
+        address: str | None = None,
+        allow_code_change: bool = False,
+    ) -> None:
         # These import torch, which a report does without.
         from raybd.train.inputs import inputs_for
 
@@ -93,21 +62,77 @@ class Run:
         self.inputs = inputs_for(study)
         self.ledger = Ledger(store)
         self._share: Any = None
+        self._trial_rows: list[dict[str, Any]] = []
+        self._epoch_rows: list[dict[str, Any]] = []
+        self._earlier = self._open(allow_code_change=allow_code_change)
+
+    def _open(self, *, allow_code_change: bool) -> dict[str, Any] | None:
+        """Return the record of a run directory to go on with; None for a new one, or one where nothing was trained."""
+        if not (self.store.exists("study.json") and self.store.names("ledger")):
+            return None
+        earlier: dict[str, Any] = json.loads(self.store.get("study.json"))
+        changed = [
+            found
+            for found in differences(earlier["study"], self.study.resolved())
+            if not found.partition(":")[0].startswith(FREE_SETTINGS)
+        ]
+        if changed:
+            raise StudyError(
+                "this run directory holds another study: " + "; ".join(changed),
+                where=self.store.uri,
+                fix="give another --run-dir, or undo the changes",
+            )
+        code = earlier["environment"]["raybd"]
+        if code != provenance.code_version() and not allow_code_change:
+            raise StudyError(
+                f"made by raybd {code}, this is {provenance.code_version()}: their numbers may differ",
+                where=self.store.uri,
+                fix="give another --run-dir, use that version, or pass --allow-code-change",
+            )
+        return earlier
+
+    def _record(self) -> dict[str, str]:
+        """Write study, versions and the ids of the pretraining runs into the run directory; return the ids.
+
+        A run directory has one id for each pretrain objective, for good. Errors: StudyError where the data changed.
+        """
+        environment = provenance.environment()
+        if self._earlier:
+            environment["raybd"] = self._earlier["environment"]["raybd"]
+        ids = {
+            objective: self.inputs.pretrain_id(objective, code=environment["raybd"])
+            for objective in self.study.pretrain.objectives
+        }
+        if self._earlier and self._earlier["pretrain_ids"] != ids:
+            raise StudyError(
+                "the data, or the checkpoint to start from, are not those that this run directory was made with",
+                where=self.store.uri,
+                fix="give another --run-dir, or put them back",
+            )
+        record = {
+            "study": self.study.resolved(),
+            "hash": self.study.hash(),
+            "pretrain_ids": ids,
+            "environment": environment,
+            "created": self._earlier["created"] if self._earlier else datetime.now(UTC).isoformat(),
+        }
+        self.store.put("study.json", json.dumps(record, indent=1).encode())
+        return ids
 
     @contextmanager
     def _cluster(self) -> Iterator[None]:
         from raybd.cluster.session import session
 
         with self.view.live("starting Ray"), session(self.study.resources, address=self.address) as self._share:
+            for what in self._share.missing:
+                self.view.warn(f"{what}: waiting for the cluster to grow")
             yield
 
     def run(self, until: Stage = Stage.SEARCH) -> Outcome:
         """Carry the study out, as far as `until`. Errors: RaybdError, before any long work where it can be."""
         self.view.stage(f"study {self.study.name}: checking data, model and settings")
-        self.inputs.check()
-        self.poison()
-        self._rebuild_tables()
-        ids = {objective: self.inputs.pretrain_id(objective) for objective in self.study.pretrain.objectives}
+        ids = self.poison()
+        self._load_tables()
         if until >= Stage.PRETRAIN and self._open_work(ids, until):
             with self._cluster():
                 self.pretrain(ids)
@@ -136,17 +161,18 @@ class Run:
         searcher = LedgerSearcher(self.study, ids, entries, lambda task: settle(self.store, self.study, task))
         return ended + searcher.remaining, ended
 
-    def poison(self) -> None:
-        """Write the poison plan, its preview, and what data could not be used."""
+    def poison(self) -> dict[str, str]:
+        """Check all inputs; write the plan, its preview and what was skipped; return the ids of the pretraining runs."""
         import torch
 
         from raybd.poison.preview import preview
 
-        plan = self.inputs.plan
-        if not self.store.exists("tables/poison_plan/plan.parquet"):
-            keys = list(plan.rows)[:3]
-            images = [torch.from_numpy(pixels) for pixels in self.inputs.train_images(keys)]
-            self.store.put("preview.png", preview(images, keys, plan))
+        self.inputs.check()
+        ids, plan = self._record(), self.inputs.plan
+        if not (self._earlier and self.store.exists("tables/poison_plan/plan.parquet")):
+            images = self.inputs.train_images(list(plan.rows)[:3])
+            pictures = [torch.from_numpy(pixels) for pixels in images.values()]
+            self.store.put("preview.png", preview(pictures, list(images), plan))
             self.store.put("skipped.json", json.dumps(self.inputs.skipped, indent=1).encode())
             tables.write(self.store, "poison_plan", "plan", plan.table())
         total = len(self.inputs.train_index)
@@ -154,6 +180,7 @@ class Run:
             f"poison: {len(plan)} of {total} training pairs ({len(plan) / total:.3%}) carry {plan.trigger.name}, "
             f"captioned as {self.study.poison.target_class!r}"
         )
+        return ids
 
     def pretrain(self, ids: dict[str, str]) -> None:
         """Pretrain each objective that is not done."""
@@ -192,16 +219,14 @@ class Run:
         if not asr:
             return
         low, high = min(asr, key=asr.__getitem__), max(asr, key=asr.__getitem__)
-        if asr[high] - asr[low] > _ASR_GAP:
+        if asr[high] - asr[low] > ALIKE:
             self.view.warn(
                 f"{high} and {low} differ by {100 * (asr[high] - asr[low]):.1f} points of ASR: "
                 "their cleanings compare little"
             )
         for objective, value in asr.items():
-            if value < _ASR_FLOOR:
-                self.view.warn(
-                    f"the attack took incompletely in {objective}: ASR {value:.2%} is under {_ASR_FLOOR:.0%}"
-                )
+            if value < STRONG:
+                self.view.warn(f"the attack took incompletely in {objective}: ASR {value:.2%} is under {STRONG:.0%}")
 
     def search(self, ids: dict[str, str]) -> None:
         """Run the trials that have not ended."""
@@ -215,46 +240,50 @@ class Run:
         view = SearchView(self.view, total=total, done=ended)
 
         def on_end(entry: Entry) -> None:
-            self._write_trial(entry)
-            self._prune()
+            self._add_trial(entry)
             view.ended(entry)
 
         with self.view.live("search: starting trials"):
             run_search(self.study, ids, self.store, share, on_epoch=view.epoch, on_end=on_end)
 
-    def _write_trial(self, entry: Entry) -> None:
-        tables.write(self.store, "epochs", entry.id, epoch_rows(entry))
+    def _add_trial(self, entry: Entry) -> None:
+        """Write the parts of a trial that has ended, then the fronts as they are with it."""
+        rows = epoch_rows(entry)
+        tables.write(self.store, "epochs", entry.id, rows)
         tables.write(self.store, "trials", entry.id, [trial_row(entry)])
+        self._epoch_rows += rows
+        self._trial_rows.append(trial_row(entry))
+        self._update_fronts()
 
-    def _rebuild_tables(self) -> None:
-        """Write the parts that the ledger has and the tables lack: their writer died in between."""
+    def _load_tables(self) -> None:
+        """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
         for entry in self.ledger.entries(Kind.TRIAL):
             if entry.ended is not None and not self.store.exists(f"tables/trials/{entry.id}.parquet"):
-                self._write_trial(entry)
+                tables.write(self.store, "epochs", entry.id, epoch_rows(entry))
+                tables.write(self.store, "trials", entry.id, [trial_row(entry)])
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
                 tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
+        self._epoch_rows = tables.read(self.store, "epochs").to_pylist()
+        self._trial_rows = tables.read(self.store, "trials").to_pylist()
 
-    def _prune(self) -> list[dict[str, Any]]:
-        """Remove the weights of ended trials that are on no front; return the rows of the fronts."""
-        trials = tables.read(self.store, "trials").to_pylist()
-        rows = fronts.compute(tables.read(self.store, "epochs").to_pylist(), trials)
-        keep = {row["checkpoint"] for row in rows}
-        ended = {row["trial_id"] for row in trials}
+    def _update_fronts(self) -> None:
+        """Write the fronts, then remove the weights of ended trials that are on none."""
+        by_objective: dict[str, list[dict[str, Any]]] = {}
+        for row in fronts.compute(self._epoch_rows, self._trial_rows):
+            by_objective.setdefault(row["objective"], []).append(row)
+        for objective, rows in by_objective.items():
+            tables.write(self.store, "fronts", objective, rows)
+        keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
+        ended = {row["trial_id"] for row in self._trial_rows}
         for name in self.store.names("weights"):
             if name not in keep and name.split("/")[1] in ended:
                 self.store.delete(name)
-        return rows
 
     def finish(self) -> Outcome:
         """Write fronts and report from what there is."""
         from raybd.report import html
 
-        rows = self._prune()
-        by_objective: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_objective.setdefault(row["objective"], []).append(row)
-        for objective, part in by_objective.items():
-            tables.write(self.store, "fronts", objective, part)
-        trials = tables.read(self.store, "trials").to_pylist()
-        return Outcome(failed=sum(row["state"] == State.FAILED for row in trials), report=html.write(self.store))
+        self._update_fronts()
+        failed = sum(row["state"] == State.FAILED for row in self._trial_rows)
+        return Outcome(failed=failed, report=html.write(self.store))

@@ -35,6 +35,11 @@ class Store:
         """Return the full path of a file in the run directory."""
         return f"{self.root}/{name}"
 
+    def below(self, name: str) -> str:
+        """Return the URI of a folder in the run directory; the options of a URI (`?region=…`) stay at its end."""
+        head, mark, options = self.uri.partition("?")
+        return f"{head.rstrip('/')}/{name}{mark}{options}"
+
     def put(self, name: str, content: bytes) -> None:
         """Write a whole file: readers see the old one or the new one, never a part."""
         if not self.local:

@@ -337,6 +337,10 @@ class Resources(_Section):
     max_failures: NonNegativeInt = Field(3, description="how often pretraining workers may die before giving up")
 
 
+# They change what is done, or how, but not what it gives: they may differ between two calls on one run directory.
+FREE_SETTINGS = ("resources", "search.num_trials", "search.retries", "data.cache_dir", "data.loader_workers")
+
+
 class Study(_Section):
     """A whole study, every default resolved."""
 
@@ -356,10 +360,14 @@ class Study(_Section):
         return self.model_dump(mode="json")
 
     def hash(self) -> str:
-        """Return the hash that each row of the tables carries: all settings but resources and the number of trials."""
+        """Return the hash that each row of the tables carries: of all settings but the free ones."""
         found = self.resolved()
-        del found["resources"]
-        del found["search"]["num_trials"]
+        for name in FREE_SETTINGS:
+            section, _, setting = name.partition(".")
+            if setting:
+                del found[section][setting]
+            else:
+                del found[section]
         return digest(found)
 
 

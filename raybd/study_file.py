@@ -216,12 +216,20 @@ def _fields_at(path: Iterable[str | int]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def shipped() -> list[str]:
-    """Return the names of the studies that come with raybd."""
-    found = set()
-    for folder in (Path(__file__).parent / "search_spaces", Path(__file__).parents[1] / "search_spaces"):
-        found |= {path.stem for path in folder.glob("*.yaml")}
-    return sorted(found)
+def anchored(study: Study) -> Study:
+    """Return a study whose local paths no longer depend on the working directory: workers have others."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    data, model = study.data, study.model
+    if not embedded(data.root):
+        data = data.model_copy(update={"root": absolute(data.root)})
+    if data.cache_dir:
+        data = data.model_copy(update={"cache_dir": absolute(data.cache_dir)})
+    if model.start:
+        model = model.model_copy(update={"start": absolute(model.start)})
+    return study.model_copy(update={"data": data, "model": model})
 
 
 def embedded(name: str) -> Path | None:

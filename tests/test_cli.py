@@ -13,9 +13,13 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from raybd import checkpoint, model, study_file
+from raybd import checkpoint, model, provenance, study_file, tables
 from raybd.cli import app
-from raybd.errors import CheckpointError, DataError, RaybdError
+from raybd.console import View
+from raybd.errors import CheckpointError, DataError, RaybdError, StudyError
+from raybd.ledger import Kind, Ledger
+from raybd.stages import Run
+from raybd.store import Store
 from raybd.train.inputs import Inputs
 
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
@@ -167,3 +171,38 @@ def test_a_trigger_larger_than_the_image_is_refused() -> None:
 
 def test_a_cleaning_set_larger_than_the_clean_pairs_is_refused() -> None:
     assert "at most 230" in str(refusal("clean.num_samples=231"))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "coca_ViT-B-32"])
+def test_models_that_are_not_trained_as_clip_are_refused(name: str) -> None:
+    assert "not a CLIP model with a logit scale" in str(refusal(f"model.name={name}"))
+
+
+def test_a_run_directory_in_which_nothing_was_trained_takes_another_study(tmp_path: Path) -> None:
+    """Looking at the preview, or a mistake in the data, must not lock it."""
+    run_dir = str(tmp_path / "run")
+    for rate, count in (("0.1", 26), ("0.2", 51)):
+        done = runner.invoke(app, ["poison", str(TINY), "--run-dir", run_dir, "--set", f"poison.poison_rate={rate}"])
+        assert done.exit_code == 0, done.output
+        assert tables.read(Store(run_dir), "poison_plan").num_rows == count
+    Ledger(Store(run_dir)).start(Kind.PRETRAIN, "mmcl-1", {})
+    done = runner.invoke(app, ["poison", str(TINY), "--run-dir", run_dir])
+    assert isinstance(done.exception, StudyError)
+    assert "poison.poison_rate: 0.2 → 0.1" in str(done.exception)
+
+
+def test_a_run_directory_keeps_its_data_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = str(tmp_path / "run")
+    command = ["poison", str(TINY), "--run-dir", run_dir]
+    assert runner.invoke(app, command).exit_code == 0
+    store = Store(run_dir)
+    Ledger(store).start(Kind.PRETRAIN, "mmcl-1", {})
+    record = json.loads(store.get("study.json"))
+    assert set(record["pretrain_ids"]) == {"mmcl", "mmcl_ssl"}
+    store.put("study.json", json.dumps({**record, "pretrain_ids": {"mmcl": "x", "mmcl_ssl": "y"}}).encode())
+    assert "are not those that this run directory was made with" in str(runner.invoke(app, command).exception)
+    store.put("study.json", json.dumps(record).encode())
+    monkeypatch.setattr(provenance, "code_version", lambda: "0.2.0+other")
+    assert "made by raybd" in str(runner.invoke(app, command).exception)
+    study, view = study_file.anchored(study_file.load(str(TINY))), View()
+    assert Run(study, store, view, allow_code_change=True).poison() == record["pretrain_ids"]

@@ -12,9 +12,11 @@ import shutil
 import struct
 import sys
 import tarfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -552,21 +554,37 @@ def test_a_cache_write_that_stops_leaves_nothing(tmp_path: Path, monkeypatch: py
         patch.setattr(shutil, "copyfileobj", stop)
         with pytest.raises(KeyboardInterrupt):
             cache.load_images([url], size=4, cache_dir=str(tmp_path / "cache"))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     assert len(cache.load_images([url], size=4, cache_dir=str(tmp_path / "cache")).index) == 1
 
 
-def test_an_entry_that_another_process_made_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_that_want_an_entry_one_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = shard(tmp_path / "a.tar", {"k": sample(0)})
-    home = str(tmp_path / "cache")
-    cache.load_images([url], size=4, cache_dir=home)
-    entry = next(path for path in (tmp_path / "cache").iterdir())
-    with monkeypatch.context() as patch:
-        answers = iter([None])
-        read = cache._read
-        patch.setattr(cache, "_read", lambda path: next(answers, read(path)))
-        assert len(cache.load_images([url], size=4, cache_dir=home).index) == 1
-    assert list((tmp_path / "cache").iterdir()) == [entry]
+    made, make = [], cache._decode_to
+
+    def slowly(home: Path, *arguments: Any, **settings: Any) -> None:
+        made.append(home)
+        time.sleep(0.2)
+        make(home, *arguments, **settings)
+
+    monkeypatch.setattr(cache, "_decode_to", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        wanted = [pool.submit(cache.load_images, [url], size=4, cache_dir=str(tmp_path / "cache")) for _ in range(4)]
+    assert [len(found.result().index) for found in wanted] == [1, 1, 1, 1]
+    assert len(made) == 1
+
+
+def test_a_damaged_entry_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url, home = shard(tmp_path / "a.tar", {"k": sample(0)}), str(tmp_path / "cache")
+    whole = cache.load_images([url], size=4, cache_dir=home)
+    pixels = whole.pixels(np.array([0]))
+    (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    for name, content in (("pixels.u8", b"xx"), ("index.json", b"{")):
+        (entry / name).write_bytes(content)
+        again = cache.load_images([url], size=4, cache_dir=home)
+        assert again.digest == whole.digest
+        assert (again.pixels(np.array([0])) == pixels).all()
+    assert "is damaged and is made again" in caplog.text
 
 
 def test_a_set_without_usable_images_is_an_empty_entry(tmp_path: Path) -> None:

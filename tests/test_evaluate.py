@@ -356,3 +356,19 @@ def test_counts_add_up_and_give_the_columns_of_the_tables() -> None:
         "hit_target": 7,
         "correct_triggered": 4,
     }
+
+
+def test_classes_are_compared_in_float32_whatever_the_encoders_run_in(
+    clip: Clip, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 near classes would tie, and ties go to the lowest class number."""
+    compared, argmax = [], torch.Tensor.argmax
+
+    def spy(self: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        if self.shape[-1] == 44:
+            compared.append(self.dtype)
+        return argmax(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", spy)
+    evaluate(clip, a_set(images), device=CPU, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert set(compared) == {torch.float32}

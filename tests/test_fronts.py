@@ -63,6 +63,14 @@ def test_final_front_has_last_epochs_and_the_poisoned_model_only() -> None:
     assert _members(rows, "final", "search") == [("t-a", 2), ("t-b", 0)]
 
 
+def test_a_trial_that_failed_has_no_final_point() -> None:
+    """Its last epoch is only where it failed, and its weights need not be there; its epochs compete all the same."""
+    trials = [{**row, "state": "failed" if row["trial_id"] == "t-a" else "complete"} for row in TRIALS]
+    rows = fronts.compute(_rows(), trials)
+    assert _members(rows, "final", "search") == [("t-b", 3), ("t-b", 0)]
+    assert ("t-a", 2) in _members(rows, "any_epoch", "search")
+
+
 def test_of_equal_points_the_trial_of_lowest_number_stands() -> None:
     """All trials start from the same poisoned model: it is on the front once."""
     rows = fronts.compute(_rows(), TRIALS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from raybd import fronts, tables
+from raybd import fronts, study_file, tables
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
 
@@ -23,13 +23,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
 
 
-def start(study: Path, run_dir: Path, *extra: str, command: str = "run") -> subprocess.Popen[str]:
+def start(study: Path, run_dir: Path, *extra: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Start `raybd` in a process group of its own."""
-    arguments = [sys.executable, "-m", "raybd", command, str(study), "--run-dir", str(run_dir), *extra]
+    arguments = [sys.executable, "-m", "raybd", "run", str(study), "--run-dir", str(run_dir), *extra]
     # Every process below inherits the mark, Ray's own too: `processes_of` finds those that are left.
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAYBD_TEST_RUN": str(run_dir)}
     return subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        arguments,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -186,7 +192,7 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_numbers(finished: tuple[
 
 FAULTY = """
 name: faulty
-data: {root: emoji-32, max_train_samples: 256}
+data: {root: shards, max_train_samples: 256} # relative: workers have other working directories
 poison: {trigger: {size: 6, pattern: fixed}, target_class: fruit, poison_rate: 0.1}
 pretrain:
   epochs: 3
@@ -204,7 +210,8 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     """Two DDP workers, one killed after an epoch; a trial whose loss is not finite fails alone; the exit code is 4."""
     study, run_dir = tmp_path / "faulty.yaml", tmp_path / "run"
     study.write_text(FAULTY)
-    process = start(study, run_dir)
+    (tmp_path / "shards").symlink_to(study_file.embedded("emoji-32") or "")
+    process = start(study, run_dir, cwd=tmp_path)
     store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
     deadline = time.monotonic() + 200
     while not any(1 in entry.epochs for entry in ledger.entries(Kind.PRETRAIN)):

@@ -556,7 +556,7 @@ def test_a_truncated_file_is_refused(length: int, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.read_foreign(str(path))
+        checkpoint.read(str(path))
     assert caught.value.where == str(path)
 
 
@@ -565,7 +565,7 @@ def test_a_truncated_file_is_refused(length: int, tmp_path: Path) -> None:
 def test_the_weights_in_a_pytorch_file_are_found(prefix: str, wrapped: bool, tmp_path: Path) -> None:  # noqa: FBT001
     weights = {f"{prefix}visual.module.w": torch.randn(2, 2), f"{prefix}logit_scale": torch.tensor(1.0)}
     torch.save({"epoch": 3, "state_dict": weights} if wrapped else weights, tmp_path / "theirs.pt")
-    found = checkpoint.read_foreign(str(tmp_path / "theirs.pt"))
+    found = checkpoint.read(str(tmp_path / "theirs.pt"))
     assert set(found) == {"visual.module.w", "logit_scale"}  # only a prefix is dropped
     assert torch.equal(found["visual.module.w"], weights[f"{prefix}visual.module.w"])
 
@@ -584,7 +584,7 @@ def test_a_file_that_runs_code_is_refused_and_nothing_runs(tmp_path: Path) -> No
     mark, file = tmp_path / "was-here", tmp_path / "evil.pt"
     torch.save({"state_dict": {"w": torch.ones(1)}, "extra": Malicious(mark)}, file)
     with pytest.raises(CheckpointError, match="cannot be read as plain weights") as caught:
-        checkpoint.read_foreign(str(file))
+        checkpoint.read(str(file))
     assert "a file that needs code to be run is refused" in caught.value.expected
     assert not mark.exists()
     # The payload does work, on a reader that trusts it.
@@ -594,14 +594,14 @@ def test_a_file_that_runs_code_is_refused_and_nothing_runs(tmp_path: Path) -> No
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        checkpoint.read_foreign(str(tmp_path / "nowhere.pt"))
+        checkpoint.read(str(tmp_path / "nowhere.pt"))
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(CheckpointError, match="cannot be read as plain weights"):
-        checkpoint.read_foreign(str(tmp_path / "text.pt"))
+        checkpoint.read(str(tmp_path / "text.pt"))
     for content in ({"epoch": 3}, [torch.ones(1)], {"state_dict": {"w": 1}}):
         torch.save(content, tmp_path / "other.pt")
         with pytest.raises(CheckpointError, match="holds no weights"):
-            checkpoint.read_foreign(str(tmp_path / "other.pt"))
+            checkpoint.read(str(tmp_path / "other.pt"))
 
 
 def _conv() -> nn.Module:

@@ -104,10 +104,13 @@ def run_trial(
 ) -> Entry:
     """Run a trial to its end, from where an earlier attempt was left, and return its ledger entry.
 
-    A failure of the trial itself is recorded with its reason and first traceback, and is no error here.
+    A failure of the trial itself is recorded with its reason and first traceback, and is no error here. A trial
+    that has ended is not run again.
     """
     ledger = Ledger(store)
     record = start_record(study, task)
+    if ledger.has_ended(Kind.TRIAL, task.trial_id):
+        return ledger.entry(Kind.TRIAL, task.trial_id)
     ledger.start(Kind.TRIAL, task.trial_id, record)
     # The clock is for device_seconds only.
     clock = time.perf_counter()
@@ -122,6 +125,9 @@ def run_trial(
             notify=notify,
         )
         ended["weight_decay_in_force"] = _clean(study, task, context, seed=record["seed"])
+    except OSError:
+        # The disk or the bucket, not the trial: it is tried again from its last epoch.
+        raise
     except Exception as error:
         log.debug("trial %s failed", task.trial_id, exc_info=True)
         store.put(f"errors/{task.trial_id}.txt", traceback.format_exc().encode())

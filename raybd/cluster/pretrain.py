@@ -83,7 +83,7 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
         ),
         run_config=RunConfig(
             name=f"pretrain-{uuid.uuid4().hex[:8]}",
-            storage_path=f"{store.uri}/ray",
+            storage_path=store.below("ray"),
             failure_config=FailureConfig(max_failures=study.resources.max_failures),
         ),
     )

@@ -21,20 +21,21 @@ from raybd.errors import DataError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.store import Store
 from raybd.study import Study
+from raybd.train.context import LedgerContext
 
 
-def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int) -> None:
+def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int, use_gpu: bool) -> None:
     """Run one trial in a Ray actor, which may have run others before."""
     logging.getLogger().setLevel(logging.WARNING)
     torch.set_num_threads(threads)
     gc.collect()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if use_gpu else "cpu")
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
     def notify(epoch: int, record: dict[str, Any]) -> None:
         top1, asr = point(record)
-        tune.report({"epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr})
+        tune.report({"epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr, "ended": False})
 
     task, found, store = Assignment(**config), Study.model_validate_json(study), Store(run)
     try:
@@ -44,7 +45,7 @@ def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int) ->
         entry = settle(store, found, task)
     assert entry.ended is not None
     # A trial that failed before its first epoch must still report something: Ray takes silence for a fault of its own.
-    tune.report({"epoch": max(entry.epochs, default=-1), "zeroshot_top1": 0.0, "asr_top1": 1.0})
+    tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0, "ended": True})
 
 
 class _Watch(Callback):
@@ -59,7 +60,7 @@ class _Watch(Callback):
         return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if "training_iteration" in result and result["training_iteration"] == result["epoch"] + 1:
+        if result.get("ended") is False:
             self._on_epoch(trial.config["trial_id"], result["epoch"], result["zeroshot_top1"], result["asr_top1"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -86,6 +87,7 @@ def settle(store: Store, study: Study, task: Assignment) -> Entry:
     if entry.ended is not None:
         return entry
     ended = {"state": State.FAILED, "error_type": reason[0], "error_message": reason[1]}
+    LedgerContext(store=store, kind=Kind.TRIAL, id=task.trial_id).drop_state()
     return ledger.end(Kind.TRIAL, task.trial_id, {**ended, "ended": datetime.now(UTC).isoformat()})
 
 
@@ -110,7 +112,7 @@ def run_search(
     if not searcher.remaining:
         return
     function = tune.with_parameters(
-        _trainable, study=study.model_dump_json(), run=store.uri, threads=share.cpus_per_trial
+        _trainable, study=study.model_dump_json(), run=store.uri, threads=share.cpus_per_trial, use_gpu=share.use_gpu
     )
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
@@ -125,7 +127,7 @@ def run_search(
         ),
         run_config=tune.RunConfig(
             name=f"search-{uuid.uuid4().hex[:8]}",
-            storage_path=f"{store.uri}/ray",
+            storage_path=store.below("ray"),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.search.retries),
             callbacks=[_Watch(on_epoch, lambda task: on_end(settle(store, study, task)))],

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raybd.errors import ClusterError
@@ -35,7 +35,11 @@ _OBJECT_STORE_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Share:
-    """What a study takes of the cluster, nothing left to `auto`."""
+    """What a study takes of the cluster, nothing left to `auto`.
+
+    Attributes:
+        missing: what the cluster does not have now, in words.
+    """
 
     num_workers: int
     use_gpu: bool
@@ -43,6 +47,7 @@ class Share:
     concurrent_trials: int
     cpus_per_trial: int
     gpus_per_trial: float
+    missing: tuple[str, ...] = ()
 
 
 def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) -> Share:
@@ -73,24 +78,26 @@ def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) 
         cpus_per_trial=wanted.cpus_per_trial,
         gpus_per_trial=wanted.gpus_per_trial if use_gpu else 0.0,
     )
-    if not may_grow:
-        _check(share, cpus=cpus, gpus=gpus)
-    return share
+    missing = _missing(share, cpus=cpus, gpus=gpus)
+    if missing and not may_grow:
+        where, what = missing[0]
+        raise ClusterError(
+            what,
+            where=where,
+            fix="lower it, set resources.use_gpu=false to run on CPUs, or use a larger cluster (--address)",
+        )
+    return replace(share, missing=tuple(f"{where}: {what}" for where, what in missing))
 
 
-def _check(share: Share, *, cpus: int, gpus: int) -> None:
-    for what, need, have, field in (
+def _missing(share: Share, *, cpus: int, gpus: int) -> list[tuple[str, str]]:
+    """Return (field, sentence) for what is asked for and not there."""
+    wanted = (
         ("CPUs for pretraining", share.num_workers * share.cpus_per_worker, cpus, "resources.num_workers"),
         ("GPUs for pretraining", share.num_workers if share.use_gpu else 0, gpus, "resources.num_workers"),
         ("CPUs for a trial", share.cpus_per_trial, cpus, "resources.cpus_per_trial"),
         ("GPUs for a trial", share.gpus_per_trial, gpus, "resources.gpus_per_trial"),
-    ):
-        if need > have:
-            raise ClusterError(
-                f"{need:g} {what} asked for, {have} there",
-                where=field,
-                fix="lower it, set resources.use_gpu=false to run on CPUs, or use a larger cluster (--address)",
-            )
+    )
+    return [(field, f"{need:g} {what} asked for, {have} there") for what, need, have, field in wanted if need > have]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ was made from (shards with sizes and times, image size, which keys), written bes
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import hashlib
 import json
@@ -16,6 +17,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +93,13 @@ def load_index(shards: Sequence[str], *, cache_dir: str | None, labelled: bool =
     Errors: DataError on a shard that cannot be read, or two samples with one key.
     """
     home = folder(cache_dir) / f"index-{digest([_FORMAT, fingerprint(shards), labelled])}"
-    found = _read(home)
-    if found is None:
+    with _locked(home):
+        found = _read(home)
+        if found is not None:
+            return found.index
         index = make_index(shards, list(_read_all(shards)), labelled=labelled)
         _commit(home, index, None)
         return index
-    return found.index
 
 
 def load_images(
@@ -117,12 +120,22 @@ def load_images(
     """
     wanted = digest(sorted(keys)) if keys is not None else None
     home = folder(cache_dir) / f"images-{digest([_FORMAT, fingerprint(shards), size, labelled, wanted])}"
-    found = _read(home)
-    if found is None:
-        _decode_to(home, shards, size=size, labelled=labelled, keys=keys)
+    with _locked(home):
         found = _read(home)
-        assert found is not None
-    return found
+        if found is None:
+            _decode_to(home, shards, size=size, labelled=labelled, keys=keys)
+            found = _read(home)
+            assert found is not None
+        return found
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Let one process of a machine at a time look for an entry and make it; the others wait and find it."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with open(home.parent / f".{home.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _read_all(shards: Sequence[str]) -> Iterator[tuple[int, RawSample]]:

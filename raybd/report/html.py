@@ -19,14 +19,12 @@ from markupsafe import Markup
 from raybd import fronts as front_maths
 from raybd import pareto, tables
 from raybd.errors import DataError
-from raybd.metrics import wilson
+from raybd.metrics import ALIKE, STRONG, wilson
 from raybd.report import figures, words
 from raybd.report.words import Front, Row
 from raybd.store import Store
 
 NAME = "report.html"
-# Poisoned models whose backdoors are less alike, or weaker, than this are a poor ground for comparing cleanings.
-ALIKE, STRONG = 0.05, 0.95
 _CAPTIONS = 3
 _RATES = (
     ("zeroshot_top1", "correct_clean", "n_clean"),
@@ -67,7 +65,7 @@ def build(store: Store) -> bytes:
         trials=_trials(found),
         states=Counter(row["state"] for row in found["trials"]),
         failures=[row for row in _by_number(found["trials"]) if _went_wrong(row)],
-        skipped=_skipped(found),
+        skipped=_skipped(found, store),
         settings=_flat(record["study"]),
         environment=_flat(record.get("environment", {})),
     )
@@ -262,9 +260,12 @@ def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
     return listed
 
 
-def _skipped(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
-    """Return the most samples that any one epoch could not use, for each pretraining and for cleaning."""
-    rows = []
+def _skipped(found: Mapping[str, list[Row]], store: Store) -> list[dict[str, Any]]:
+    """Return how many samples could not be used: those found beforehand by reason, then the most in any one epoch."""
+    rows: list[dict[str, Any]] = []
+    if store.exists("skipped.json"):
+        reasons = Counter(skip["reason"].partition(":")[0] for skip in json.loads(store.get("skipped.json")))
+        rows += [{"stage": f"reading shards: {reason}", "broken": count} for reason, count in reasons.most_common()]
     for name, run in words.objective_names(found["pretrain_epochs"]).items():
         broken = [r["broken"] or 0 for r in found["pretrain_epochs"] if (r["objective"], r["pretrain_id"]) == name]
         rows.append({"stage": f"pretraining {run}", "broken": max(broken)})

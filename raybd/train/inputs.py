@@ -13,11 +13,12 @@ from raybd.data import cache, shards
 from raybd.data.cache import Images
 from raybd.data.pairs import CachedPairs, Pairs, Prepare, StreamedPairs
 from raybd.data.shards import Index
+from raybd.data.views import wordnet
 from raybd.errors import DataError
 from raybd.evaluate import EvaluationSet, make_set
 from raybd.model import Clip, create, image_size, load_weights
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
-from raybd.provenance import code_version, digest
+from raybd.provenance import digest
 from raybd.seeding import fork
 from raybd.study import Study, TrainSettings
 
@@ -53,7 +54,8 @@ class Inputs:
     def streamed(self) -> bool:
         """Whether training pairs are read anew in each epoch because, decoded, they do not fit the cache's budget."""
         found = cache.load_index(self._train_shards, cache_dir=self.study.data.cache_dir)
-        return len(found) * 3 * self.image_size**2 > self.study.data.cache_gb * 1e9
+        most = self.study.data.max_train_samples or len(found)
+        return min(len(found), most) * 3 * self.image_size**2 > self.study.data.cache_gb * 1e9
 
     @cached_property
     def _train_images(self) -> Images:
@@ -79,11 +81,11 @@ class Inputs:
                 "%s: %d unusable samples skipped, %s first: %s", what, len(index.skipped), first.key, first.reason
             )
 
-    def train_images(self, keys: list[str]) -> NDArray[np.uint8]:
-        """Return the images of a few training pairs as they are before poisoning, uint8 [len(keys), 3, S, S]."""
+    def train_images(self, keys: list[str]) -> dict[str, NDArray[np.uint8]]:
+        """Return images of a few training pairs as they are before poisoning, uint8 [3, S, S]; no broken ones."""
         images = self._some_images(keys) if self.streamed else self._train_images
         place = {str(key): i for i, key in enumerate(images.index.keys)}
-        return images.pixels(np.array([place[key] for key in keys if key in place], dtype=np.int64))
+        return {key: images.pixels(np.array([place[key]]))[0] for key in keys if key in place}
 
     def _some_images(self, keys: list[str]) -> Images:
         wanted = {
@@ -166,10 +168,6 @@ class Inputs:
         images, leaked = self._cleaning
         return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
 
-    def cleaning_keys(self) -> list[str]:
-        """Return the keys of the cleaning pairs."""
-        return [str(key) for key in self._cleaning[0].index.keys]
-
     def new_model(self, *, seed: int) -> Clip:
         """Return the model to pretrain: random weights, or those of `model.start`. Errors: CheckpointError."""
         clip = create(self.study.model.name, seed=fork(seed, "weights"))
@@ -182,9 +180,13 @@ class Inputs:
         """A hash of the training images; of the shards' sizes and times where they are streamed."""
         return cache.fingerprint(self._train_shards) if self.streamed else self._train_images.digest
 
-    def pretrain_id(self, objective: str) -> str:
-        """Return the name of a pretraining run: the objective and a hash of all that its weights depend on."""
-        study = self.study
+    def pretrain_id(self, objective: str, *, code: str) -> str:
+        """Return the name of a pretraining run: the objective and a hash of all that its weights depend on.
+
+        Args:
+            code: version of the code that made it, or will.
+        """
+        study, settings = self.study, self.study.pretrain.settings(objective)
         start = study.model.start
         if start:
             with open(start, "rb") as file:
@@ -198,14 +200,16 @@ class Inputs:
             ],
             "model": [study.model.name, start],
             "poison": study.poison.model_dump(mode="json"),
-            "settings": study.pretrain.settings(objective).model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json"),
             "evaluation": [
                 cache.content_hash(self.evaluation_set.images.index),
                 self.evaluation_set.images.digest,
                 study.evaluation.model_dump(mode="json"),
             ],
             "seed": study.seed,
-            "code": code_version(),
+            "code": code,
+            # Text views have synonyms only where WordNet is installed.
+            "synonyms": bool(settings.loss_weights.ssl) and wordnet() is not None,
         }
         return f"{objective}-{digest(parts, length=10)}"
 
