@@ -39,9 +39,10 @@ class View:
         self.console = Console(highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
         self._status: Status | None = None
         self._started = time.monotonic()
-        handler = RichHandler(
-            console=Console(stderr=True), show_time=False, show_path=False, markup=False, rich_tracebacks=False
-        )
+        handler: logging.Handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        if sys.stderr.isatty():
+            handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
         logger = logging.getLogger("raybd")
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)

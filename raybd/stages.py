@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -123,7 +123,9 @@ class Run:
     def _cluster(self) -> Iterator[None]:
         from raybd.cluster.session import session
 
-        with self.view.live("starting Ray"), session(self.study.resources, address=self.address) as self._share:
+        with ExitStack() as stack:
+            with self.view.live("starting Ray"):
+                self._share = stack.enter_context(session(self.study.resources, address=self.address))
             for what in self._share.missing:
                 self.view.warn(f"{what}: waiting for the cluster to grow")
             yield
@@ -162,7 +164,7 @@ class Run:
         return ended + searcher.remaining, ended
 
     def poison(self) -> dict[str, str]:
-        """Check all inputs; write the plan, its preview and what was skipped; return the ids of the pretraining runs."""
+        """Check all inputs; write the plan, its preview and what was skipped; return the ids of the pretrainings."""
         import torch
 
         from raybd.poison.preview import preview

@@ -36,6 +36,8 @@ def start(study: Path, run_dir: Path, *extra: str, cwd: Path | None = None) -> s
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -46,15 +48,15 @@ def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
     return output
 
 
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    """SIGKILL a driver, and nothing else, as soon as `ready` says so."""
+def signal_when(process: subprocess.Popen[str], number: signal.Signals, ready: Callable[[], bool]) -> str:
+    """Send a signal to a driver, and nothing else, as soon as `ready` says so; return what it printed."""
     deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.communicate(timeout=60)
+    process.send_signal(number)
+    return process.communicate(timeout=60)[0]
 
 
 def processes_of(run_dir: Path) -> list[str]:
@@ -160,19 +162,24 @@ def test_another_study_in_the_same_run_directory_is_refused(finished: tuple[Stor
 
 
 def test_a_killed_driver_goes_on_and_ends_with_the_same_numbers(finished: tuple[Store, str], tmp_path: Path) -> None:
-    """SIGKILL in the middle of pretraining and of the search: the tables are those of the run without a fault."""
+    """Ctrl-C, then SIGKILL in pretraining and in the search: the tables are those of the run without a fault."""
     run_dir = tmp_path / "killed"
     store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
 
-    def pretraining_is_under_way() -> bool:
-        return any(1 in entry.epochs and not entry.ended for entry in ledger.entries(Kind.PRETRAIN))
+    def pretraining_is_under_way(objective: str) -> bool:
+        entries = (e for e in ledger.entries(Kind.PRETRAIN) if e.started["objective"] == objective)
+        return any(1 in entry.epochs and not entry.ended for entry in entries)
 
     def second_trial_is_under_way() -> bool:
         entries = ledger.entries(Kind.TRIAL)
         return any(e.ended for e in entries) and any(1 in e.epochs and not e.ended for e in entries)
 
-    kill_when(start(TINY, run_dir), pretraining_is_under_way)
-    kill_when(start(TINY, run_dir), second_trial_is_under_way)
+    process = start(TINY, run_dir)
+    printed = signal_when(process, signal.SIGINT, lambda: pretraining_is_under_way("mmcl"))
+    assert process.returncode == 130
+    assert f"raybd run {TINY} --run-dir {run_dir}" in printed
+    signal_when(start(TINY, run_dir), signal.SIGKILL, lambda: pretraining_is_under_way("mmcl_ssl"))
+    signal_when(start(TINY, run_dir), signal.SIGKILL, second_trial_is_under_way)
     stamps = {
         name: Path(store.path(name)).stat().st_mtime_ns for name in store.names("ledger") if name.endswith("ended.json")
     }
