@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,19 @@ def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None
 
 
 def test_pareto_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text("{}")
-    assert not loaded_by(["pareto", str(tmp_path)]) & {"torch", "ray", "optuna", "open_clip", "matplotlib"}
+    store = Store(str(tmp_path))
+    store.put("study.json", b"{}")
+    now = datetime.now(UTC)
+    tables.write(
+        store, "trials", "t", [{"trial_id": "t", "number": 0, "state": "complete", "started": now, "ended": now}]
+    )
+    for split in ("search", "report"):
+        same = {"study": "s", "objective": "mmcl", "pretrain_id": "p", "method": "cleanclip", "trial_id": "t"}
+        rates = {"epoch": 1, "split": split, "zeroshot_top1": 0.5, "asr_top1": 0.1}
+        tables.write(store, "epochs", split, [{**same, **rates}])
+    loaded = loaded_by(["pareto", str(tmp_path), "-f", "json"])
+    assert "pyarrow" in loaded
+    assert not loaded & {"torch", "ray", "optuna", "open_clip", "matplotlib", "pandas"}
 
 
 def run_raybd(*arguments: str) -> subprocess.CompletedProcess[str]:
