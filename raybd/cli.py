@@ -6,7 +6,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,8 +82,8 @@ def _carry_out(
         command = shlex.join(["raybd", *sys.argv[1:]])
         view.line(f"\ninterrupted; what is done is kept. To go on:\n  {command}")
         raise typer.Exit(INTERRUPTED) from None
-    if until != "poison":
-        _print_fronts(where)
+    rows, trials = _fronts(where)
+    _print_fronts(rows, trials, kind=FrontKind.ANY_EPOCH)
     view.line(f"report: {outcome.report}")
     view.line(f"fronts again, as JSON: raybd pareto {where} -f json")
     if outcome.failed:
@@ -91,18 +91,25 @@ def _carry_out(
         raise typer.Exit(FAILED_TRIALS)
 
 
-def _print_fronts(run: str, *, kind: str = "any_epoch") -> None:
-    from rich.console import Console
-
+def _fronts(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of a run's fronts and of its trials, from the tables."""
     from raybd import fronts, tables
-    from raybd.report.text import front_tables
     from raybd.store import Store
 
     store = Store(run)
+    # Timestamps as Python objects would load pandas, which takes as long as all the rest.
+    trials = tables.read(store, "trials").drop_columns(["started", "ended"]).to_pylist()
+    return fronts.compute(tables.read(store, "epochs").to_pylist(), trials), trials
+
+
+def _print_fronts(rows: list[dict[str, Any]], trials: list[dict[str, Any]], *, kind: FrontKind) -> None:
+    from rich.console import Console
+
+    from raybd import fronts
+    from raybd.report.text import front_tables
+
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-    trials = tables.read(store, "trials").to_pylist()
-    summaries = fronts.summarise(tables.read(store, "fronts").to_pylist())
-    for table in front_tables(summaries, trials, kind=kind):
+    for table in front_tables(fronts.summarise(rows), trials, kind=kind):
         console.print(table)
 
 
@@ -180,15 +187,12 @@ def pareto(
     kind: Annotated[FrontKind, typer.Option(help="for tables: which epochs compete")] = FrontKind.ANY_EPOCH,
 ) -> None:
     """Print fronts, hypervolumes and the best ASR within 1, 3 and 5 points of accuracy."""
-    from raybd import fronts, tables
+    from raybd import fronts
     from raybd.report import text
     from raybd.store import Store
 
-    store = Store(run)
-    _require_run(store)
-    # Timestamps as Python objects would load pandas, which takes as long as all the rest.
-    trials = tables.read(store, "trials").drop_columns(["started", "ended"]).to_pylist()
-    rows = fronts.compute(tables.read(store, "epochs").to_pylist(), trials)
+    _require_run(Store(run))
+    rows, trials = _fronts(run)
     if not rows:
         raise RaybdError("no trial has ended yet", where=run, fix="let `raybd run` go on")
     if format_ is Format.JSON:
@@ -196,11 +200,7 @@ def pareto(
     elif format_ is Format.CSV:
         typer.echo(text.as_csv(rows), nl=False)
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-        for table in text.front_tables(fronts.summarise(rows), trials, kind=kind):
-            console.print(table)
+        _print_fronts(rows, trials, kind=kind)
 
 
 @app.command()

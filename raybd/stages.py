@@ -23,9 +23,8 @@ from raybd.study import FREE_SETTINGS, Study, differences
 class Stage(IntEnum):
     """How far a call goes."""
 
-    POISON = 1
-    PRETRAIN = 2
-    SEARCH = 3
+    PRETRAIN = 1
+    SEARCH = 2
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,12 @@ class Run:
         self.view.stage(f"study {self.study.name}: checking data, model and settings")
         ids = self.poison()
         self._load_tables()
-        if until >= Stage.PRETRAIN and self._open_work(ids, until):
+        if self._open_work(ids, until):
             with self._cluster():
                 self.pretrain(ids)
                 if until >= Stage.SEARCH:
                     self.search(ids)
-        elif until >= Stage.PRETRAIN:
+        else:
             self.view.stage("nothing left to do: pretraining and search are done")
             self._attack_summary(ids)
         return self.finish()
@@ -150,8 +149,10 @@ class Run:
 
         if any(done(self.store, pretrain_id) is None for pretrain_id in ids.values()):
             return True
+        if until < Stage.SEARCH:
+            return False
         total, ended = self._trials(ids)
-        return until >= Stage.SEARCH and total > ended
+        return total > ended
 
     def _trials(self, ids: dict[str, str]) -> tuple[int, int]:
         """Return how many trials the study has in all, and how many have ended."""
@@ -250,19 +251,23 @@ class Run:
 
     def _add_trial(self, entry: Entry) -> None:
         """Write the parts of a trial that has ended, then the fronts as they are with it."""
-        rows = epoch_rows(entry)
-        tables.write(self.store, "epochs", entry.id, rows)
-        tables.write(self.store, "trials", entry.id, [trial_row(entry)])
-        self._epoch_rows += rows
-        self._trial_rows.append(trial_row(entry))
+        epochs, trial = self._write_trial(entry)
+        self._epoch_rows += epochs
+        self._trial_rows.append(trial)
         self._update_fronts()
+
+    def _write_trial(self, entry: Entry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Write the parts of a trial that has ended, `trials` last: it says that all is there; return the rows."""
+        epochs, trial = epoch_rows(entry), trial_row(entry)
+        tables.write(self.store, "epochs", entry.id, epochs)
+        tables.write(self.store, "trials", entry.id, [trial])
+        return epochs, trial
 
     def _load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
         for entry in self.ledger.entries(Kind.TRIAL):
             if entry.ended is not None and not self.store.exists(f"tables/trials/{entry.id}.parquet"):
-                tables.write(self.store, "epochs", entry.id, epoch_rows(entry))
-                tables.write(self.store, "trials", entry.id, [trial_row(entry)])
+                self._write_trial(entry)
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
                 tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))

@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,7 @@ CPU = torch.device("cpu")
 CLASSES = ("cat", "heart", "fruit")
 TIMES = ("train_seconds", "evaluate_seconds", "samples_per_second")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_shard(path: Path, first: int, count: int) -> None:

@@ -47,13 +47,7 @@ PLAN = PoisonPlan({}, Trigger(size=4, pattern="fixed", placement="bottom_right")
 TIMES = ("train_seconds", "evaluate_seconds", "samples_per_second")
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
