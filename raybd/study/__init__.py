@@ -1,0 +1,93 @@
+"""The study: one YAML file that says data, model, poison, pretraining, cleaning, search, evaluation and resources.
+
+Every default stands here, beside the setting that it belongs to. `study_file.load` reads the YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, NonNegativeInt
+
+from raybd.provenance import digest
+from raybd.study.base import Section, plain_name
+from raybd.study.cleaning import Clean, CleanSettings, searchable
+from raybd.study.data import Data, Model, Resources
+from raybd.study.evaluation import Evaluation
+from raybd.study.poison import Pattern, Placement, Poison, Trigger
+from raybd.study.search import Sampler, Search, Tell
+from raybd.study.training import ImageView, LossWeights, Precision, Pretrain, PretrainObjective, TextView, TrainSettings
+
+__all__ = [
+    "FREE_SETTINGS",
+    "Clean",
+    "CleanSettings",
+    "Data",
+    "Evaluation",
+    "ImageView",
+    "LossWeights",
+    "Model",
+    "Pattern",
+    "Placement",
+    "Poison",
+    "Precision",
+    "Pretrain",
+    "PretrainObjective",
+    "Resources",
+    "Sampler",
+    "Search",
+    "Study",
+    "Tell",
+    "TextView",
+    "TrainSettings",
+    "Trigger",
+    "differences",
+    "searchable",
+]
+
+# They change what is done, or how, but not what it gives: they may differ between two calls on one run directory.
+FREE_SETTINGS = ("resources", "search.num_trials", "search.retries", "data.cache_dir", "data.loader_workers")
+
+
+class Study(Section):
+    """A whole study, every default resolved."""
+
+    name: Annotated[str, AfterValidator(plain_name)]
+    seed: NonNegativeInt = 0
+    data: Data = Data()
+    model: Model = Model()
+    poison: Poison
+    pretrain: Pretrain = Pretrain()
+    clean: Clean = Clean()
+    search: Search = Search()
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+
+    def resolved(self) -> dict[str, Any]:
+        """Return all settings as plain JSON-able data."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """Return the hash that each row of the tables carries: of all settings but the free ones."""
+        found = self.resolved()
+        for name in FREE_SETTINGS:
+            section, _, setting = name.partition(".")
+            if setting:
+                del found[section][setting]
+            else:
+                del found[section]
+        return digest(found)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, at: str = "") -> list[str]:
+    """Return `field: old → new` for each setting that two resolved studies have differently."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        name = f"{at}.{key}" if at else key
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, at=name)
+        elif before != after:
+            found.append(f"{name}: {before} → {after}")
+    return found

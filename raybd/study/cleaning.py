@@ -1,0 +1,58 @@
+"""Cleaning: the settings of one trial, and which of them a search may draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from raybd.study.base import PositiveFloat
+from raybd.study.training import LossWeights, TrainSettings
+
+
+class CleanSettings(TrainSettings):
+    """The settings of one cleaning trial: each may be searched."""
+
+    method: Literal["cleanclip"] = "cleanclip"
+    epochs: PositiveInt = 20
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    lr: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 50
+    loss_weights: LossWeights = LossWeights(mmcl=1, ssl=1)
+
+    @field_validator("loss_weights", mode="before")
+    @classmethod
+    def _cleanclip_weights(cls, given: Any) -> Any:
+        """Take CleanCLIP's weight, 1, for one that is left out."""
+        return {"mmcl": 1.0, "ssl": 1.0, **given} if isinstance(given, dict) else given
+
+
+class Clean(CleanSettings):
+    """Cleaning: the set it finetunes on, and the settings wherever the search does not draw them."""
+
+    num_samples: PositiveInt = Field(100_000, description="cleaning pairs, drawn from what the poison left alone")
+    leaked_poison: NonNegativeInt = Field(0, description="poisoned pairs that slip into the cleaning set")
+
+    def settings(self, params: Mapping[str, Any]) -> CleanSettings:
+        """Return the settings with the searched `params` (dotted names) put in. Errors: pydantic's ValidationError."""
+        values = self.model_dump(exclude={"num_samples", "leaked_poison"})
+        for name, value in params.items():
+            *parents, leaf = name.split(".")
+            inner = values
+            for parent in parents:
+                inner = inner[parent]
+            inner[leaf] = value
+        return CleanSettings(**values)
+
+
+def searchable() -> dict[str, type]:
+    """Return the settings that a search may draw, by dotted name, with their types."""
+    kinds: dict[str, type] = {}
+    for name, field in CleanSettings.model_fields.items():
+        if name == "loss_weights":
+            kinds |= {f"loss_weights.{weight}": float for weight in LossWeights.model_fields}
+        elif name != "precision":
+            text = str(field.annotation)
+            kinds[name] = float if "float" in text else int if "int" in text else str
+    return kinds

@@ -1,0 +1,43 @@
+"""The study's data, model and resources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from raybd.study.base import Fraction, NonNegativeFloat, Section
+
+
+class Data(Section):
+    """Webdataset shards. `root` is a folder, an fsspec URL or an embedded set's name; the rest is relative to it."""
+
+    root: str = Field("emoji-32", description="folder, fsspec URL, or an embedded data set's name")
+    train: str | tuple[str, ...] = Field("train/*.tar*", description="shards to train on: glob, brace list or list")
+    test: str | tuple[str, ...] = Field("test/*.tar*", description="labelled shards to evaluate on; may be full URLs")
+    classes: str = Field("classes.json", description="JSON list of classes, or `imagenet`")
+    max_train_samples: PositiveInt | None = Field(None, description="use only the first so many training pairs")
+    max_broken: Fraction = Field(0.01, description="share of unusable samples above which the data is refused")
+    cache_gb: NonNegativeFloat = Field(8.0, description="decode training pairs once if they fit in this; else stream")
+    cache_dir: str | None = Field(None, description="where decoded images are kept; default: the user's cache folder")
+    loader_workers: NonNegativeInt = Field(2, description="decoding processes for each trainer when streaming")
+    shuffle_buffer: PositiveInt = Field(5000, description="samples that streaming mixes")
+
+
+class Model(Section):
+    """An open_clip model: a built-in name, or one of raybd's own for 32-pixel images."""
+
+    name: str = "resnet-tiny-32"
+    start: str | None = Field(None, description="checkpoint to start pretraining from; default: random weights")
+
+
+class Resources(Section):
+    """What the study may use. `auto` takes what the cluster has."""
+
+    num_workers: PositiveInt | Literal["auto"] = Field("auto", description="pretraining workers: one a GPU, or one")
+    use_gpu: bool | Literal["auto"] = "auto"
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
+    concurrent_trials: PositiveInt | Literal["auto"] = "auto"
+    cpus_per_trial: PositiveInt = 1
+    gpus_per_trial: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_failures: NonNegativeInt = Field(3, description="how often pretraining workers may die before giving up")

@@ -1,0 +1,85 @@
+"""The search: how settings are drawn, from what space, and which epoch stands for a trial."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from raybd import space as search_space
+from raybd.space import Range
+from raybd.study.base import Section
+from raybd.study.cleaning import Clean, searchable
+
+
+class Sampler(StrEnum):
+    """How the search draws settings."""
+
+    TPE = "tpe"
+    NSGA2 = "nsga2"
+    RANDOM = "random"
+    GRID = "grid"
+
+
+class Tell(StrEnum):
+    """Which epoch of a trial stands for it before Optuna."""
+
+    LARGEST_AREA = "largest_area"
+    LAST_EPOCH = "last_epoch"
+
+
+def _known_setting(name: str) -> str:
+    if name not in searchable():
+        raise ValueError(f"{name!r} is not a setting of cleaning: one of {', '.join(searchable())}")
+    return name
+
+
+Searched = Annotated[str, AfterValidator(_known_setting)]
+
+
+def _check_range(name: str, found: Range) -> None:
+    """Raise ValueError where a searched setting could not have the values that its range has."""
+    kind = searchable()[name]
+    values = [v for v in (found.low, found.high, *(found.choices or ())) if v is not None]
+    if kind is int and any(not isinstance(v, int) for v in (*values, found.step or 1)):
+        raise ValueError(f"space.{name}: takes whole numbers")
+    if kind is float and any(isinstance(v, str) for v in values):
+        raise ValueError(f"space.{name}: takes numbers")
+    if kind is str and found.choices is None:
+        raise ValueError(f"space.{name}: takes names, give them as choices")
+    for value in values:
+        try:
+            Clean().settings({name: value})
+        except ValidationError as error:
+            raise ValueError(f"space.{name}: cannot be {value}: {error.errors()[0]['msg']}") from None
+
+
+class Search(Section):
+    """Which cleanings are tried."""
+
+    num_trials: PositiveInt = Field(20, description="trials for each pretrain objective")
+    sampler: Sampler = Sampler.TPE
+    startup_trials: NonNegativeInt = Field(10, description="trials that tpe draws at random before it models")
+    population: PositiveInt = Field(50, description="population of nsga2")
+    space: dict[Searched, Range] = Field(default_factory=dict)
+    known: tuple[dict[Searched, search_space.Value], ...] = Field((), description="settings to try first")
+    tell: Tell = Field(Tell.LARGEST_AREA, description="which epoch stands for a trial before Optuna")
+    retries: NonNegativeInt = Field(1, description="how often a trial whose process died is tried again")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        search_space.ordered(self.space)
+        for name, found in self.space.items():
+            _check_range(name, found)
+        if self.sampler is Sampler.GRID:
+            search_space.grid(self.space)
+        for i, point in enumerate(self.known):
+            for name, value in point.items():
+                if name not in self.space:
+                    raise ValueError(f"known[{i}]: {name} is not in the space")
+                found = self.space[name]
+                whole = searchable()[name] is not int or isinstance(value, int)
+                if not (whole and found.contains(value)):
+                    raise ValueError(f"known[{i}]: {name} cannot be {value}: {search_space.describe(found)}")
+        return self

@@ -1,0 +1,96 @@
+"""Settings of a training run, and pretraining with its objectives."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+
+from raybd.study.base import NonNegativeFloat, PositiveFloat, Section, plain_name
+
+
+class ImageView(StrEnum):
+    """Augmentation that makes the second image of a pair for SSL."""
+
+    AUTOAUGMENT = "autoaugment"
+    CROP_FLIP_COLOUR = "crop_flip_colour"
+
+
+class TextView(StrEnum):
+    """Augmentation that makes the second caption of a pair for SSL."""
+
+    EDA = "eda"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward pass; `auto` is bf16 on a GPU and fp32 elsewhere."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class LossWeights(Section):
+    """Weights of the contrastive loss across modalities and of the self-supervised loss within each."""
+
+    mmcl: NonNegativeFloat = 1.0
+    ssl: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.mmcl == 0 and self.ssl == 0:
+            raise ValueError("mmcl and ssl are both 0: nothing would be learnt")
+        return self
+
+
+class TrainSettings(Section):
+    """Everything about one training run, pretraining or cleaning, apart from data and model."""
+
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)] = Field(description="global batch, over all workers")
+    lr: PositiveFloat
+    warmup_steps: NonNegativeInt
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    loss_weights: LossWeights = LossWeights()
+    image_view: ImageView = ImageView.AUTOAUGMENT
+    text_view: TextView = TextView.EDA
+    precision: Precision = Precision.AUTO
+
+
+class PretrainObjective(Section):
+    """One pretrain objective: what it has of its own, loss weights above all; the rest is from `pretrain`."""
+
+    loss_weights: LossWeights | None = None
+    epochs: PositiveInt | None = None
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    lr: PositiveFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
+    weight_decay: NonNegativeFloat | None = None
+    image_view: ImageView | None = None
+    text_view: TextView | None = None
+
+
+class Pretrain(TrainSettings):
+    """Pretraining: one run for each objective, on the poisoned pairs."""
+
+    epochs: PositiveInt = 64
+    batch_size: Annotated[int, Field(ge=2)] = 2048
+    lr: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 10_000
+    objectives: dict[Annotated[str, AfterValidator(plain_name)], PretrainObjective] = Field(
+        default_factory=lambda: {
+            "mmcl": PretrainObjective(loss_weights=LossWeights(mmcl=1, ssl=0)),
+            "mmcl_ssl": PretrainObjective(loss_weights=LossWeights(mmcl=1, ssl=1)),
+        },
+        min_length=1,
+    )
+
+    def settings(self, objective: str) -> TrainSettings:
+        """Return the settings in force for one objective."""
+        common = self.model_dump(exclude={"objectives"})
+        own = self.objectives[objective].model_dump(exclude_none=True)
+        return TrainSettings(**{**common, **own})
