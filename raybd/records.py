@@ -43,7 +43,13 @@ def epoch_rows(entry: Entry) -> list[Row]:
     names = ("study", "study_hash", "trial_id", "pretrain_id", "objective", "method")
     same = {name: entry.started[name] for name in names}
     return [
-        {**same, **{name: record[name] for name in (*_TRAINING, *_SPEED)}, "split": split, **found.columns()}
+        {
+            **same,
+            **{name: record[name] for name in (*_TRAINING, *_SPEED)},
+            "alpha": record.get("alpha"),
+            "split": split,
+            **found.columns(),
+        }
         for _, record in sorted(entry.epochs.items())
         for split, found in counts(record).items()
     ]
@@ -54,7 +60,10 @@ def trial_row(entry: Entry) -> Row:
     started, ended = entry.started, entry.ended or {}
     names = ("study", "study_hash", "trial_id", "number", "pretrain_id", "objective", "method", "seed")
     settings = started["settings"]
-    flat = {**settings, **{f"loss_weights.{name}": value for name, value in settings["loss_weights"].items()}}
+    flat = dict(settings)
+    for section, inner in settings.items():
+        if isinstance(inner, dict):
+            flat |= {f"{section}.{name}": value for name, value in inner.items()}
     return {
         **{name: started[name] for name in names},
         **{column: flat[name] for name, (column, _) in SETTINGS.items()},
@@ -63,7 +72,7 @@ def trial_row(entry: Entry) -> Row:
         "stop_reason": ended.get("stop_reason"),
         "error_type": ended.get("error_type"),
         "error_message": ended.get("error_message"),
-        "epochs_done": max(entry.epochs, default=None),
+        "epochs_done": max((n for n, record in entry.epochs.items() if record.get("alpha") is None), default=None),
         "weight_decay_in_force": ended.get("weight_decay_in_force"),
         "attempt": entry.attempts,
         "node": ended.get("node"),

@@ -26,7 +26,8 @@ from raybd.metrics import Counts
 from raybd.provenance import digest
 from raybd.seeding import fork, share
 from raybd.store import Store
-from raybd.study import CleanSettings, LossWeights
+from raybd.study import CleanSettings, LossWeights, searchable
+from raybd.study.methods import Abd, Par
 
 
 @pytest.fixture
@@ -228,8 +229,7 @@ def test_parts_that_cannot_be_read_are_named(store: Store) -> None:
 
 
 def test_every_setting_of_a_cleaning_has_a_column() -> None:
-    names = {name for name in CleanSettings.model_fields if name not in ("loss_weights", "method")}
-    assert set(tables.SETTINGS) == names | {f"loss_weights.{name}" for name in LossWeights.model_fields}
+    assert set(tables.SETTINGS) == (set(searchable()) - {"method"}) | {"precision"}
     assert set(tables.SCHEMAS["trials"].names) >= {column for column, _ in tables.SETTINGS.values()}
     assert {"started", "ended", "train_seconds"} < tables.TIMES
 
@@ -343,6 +343,18 @@ def test_rows_of_a_pretraining_count_both_halves(store: Store) -> None:
     assert set(tables.SCHEMAS["pretrain_epochs"].names) == set(rows[0])
 
 
+METHOD_SECTIONS = {"shrink_perturb", "deep_clustering", "pseudo_labels", "par", "ft_sam", "abd"}
+
+
+def test_settings_of_methods_are_columns(store: Store) -> None:
+    settings = CleanSettings(par=Par(threshold=1.5), abd=Abd(steps=7)).model_dump(mode="json")
+    same = {"study": "s", "study_hash": "h", "trial_id": "t", "pretrain_id": "p", "objective": "mmcl", "method": "m"}
+    started = {**same, "number": 0, "seed": 1, "params": {}, "settings": settings}
+    Ledger(store).start(Kind.TRIAL, "t", {**started, "started": "2025-01-02T03:04:05+00:00"})
+    row = records.trial_row(Ledger(store).entry(Kind.TRIAL, "t"))
+    assert (row["par.threshold"], row["abd.steps"], row["shrink_perturb.shrink"]) == (1.5, 7, 0.95)
+
+
 def test_rows_of_a_trial_running_and_ended(store: Store) -> None:
     book = Ledger(store)
     settings = CleanSettings(lr=3e-4, epochs=2, loss_weights=LossWeights(mmcl=1, ssl=4))
@@ -376,6 +388,7 @@ def test_rows_of_a_trial_running_and_ended(store: Store) -> None:
         **{"params_json": '{"epochs": 2, "lr": 0.0003}', "epochs_planned": 2, "batch_size": 64, "warmup_steps": 50},
         **{"lr": 3e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "precision": "auto"},
         **{"loss_weights.mmcl": 1.0, "loss_weights.ssl": 4.0, "image_view": "autoaugment", "text_view": "eda"},
+        **{name: value for name, value in row.items() if name.partition(".")[0] in METHOD_SECTIONS},
         "started": datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC),
         "ended": datetime(2025, 1, 2, 2, 5, 5, tzinfo=UTC),
     }
@@ -388,7 +401,7 @@ def test_rows_of_a_trial_running_and_ended(store: Store) -> None:
     ]
     expected = {name: value for name, value in epoch_record(1).items() if name != "counts"}
     rates = {"zeroshot_top1": 0.6, "asr_top1": 0.25, "robust_top1": 0.625}
-    assert rows[2] == {**same, **expected, "split": "search", **SEARCH, **rates}
+    assert rows[2] == {**same, **expected, "alpha": None, "split": "search", **SEARCH, **rates}
     assert rows[3]["asr_top1"] == 1.0
     tables.write(store, "trials", "t", [row])
     tables.write(store, "epochs", "t", rows)

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from raybd import checkpoint
-from raybd.clean.cleanclip import cleanclip
+from raybd.clean import registry
 from raybd.errors import RaybdError, StudyError
 from raybd.fronts import checkpoint_name
 from raybd.ledger import Entry, Kind, Ledger, State
@@ -27,6 +27,7 @@ from raybd.store import Store
 from raybd.study import Study
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
+from raybd.train.loop import Training
 from raybd.train.pretraining import weights_name
 
 log = logging.getLogger(__name__)
@@ -155,4 +156,7 @@ def _clean(study: Study, task: Assignment, context: LedgerContext, *, seed: int)
     name = weights_name(task.pretrain_id)
     load_weights(clip, checkpoint.from_bytes(context.store.get(name), where=name), where=name)
     pairs = inputs.cleaning_pairs(settings, clip, seed=seed)
-    return cleanclip(clip, pairs, settings, context, inputs.evaluation_set)
+    recipe = registry.recipe(settings, seed=fork(seed, "method"))
+    training = Training(clip, pairs, settings, context, inputs.evaluation_set, recipe=recipe)
+    training.run()
+    return training.weight_decay_in_force()

@@ -60,11 +60,13 @@ def told(entry: Entry, rule: Tell) -> tuple[float, float] | None:
     """
     if entry.ended is None or entry.ended["state"] == State.FAILED:
         return None
-    points = [point(record) for epoch, record in sorted(entry.epochs.items()) if epoch]
+    records = [record for epoch, record in sorted(entry.epochs.items()) if epoch]
+    points = [point(record) for record in records]
     if not points:
         return None
     if rule is Tell.LAST_EPOCH:
-        return points[-1]
+        # Points without training come after the last epoch, and are none.
+        return point([record for record in records if record.get("alpha") is None][-1])
     top1, asr = zip(*points, strict=True)
     return points[pareto.largest_area(top1, asr)]
 

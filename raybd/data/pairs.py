@@ -38,6 +38,7 @@ class Batch:
         image_views_BCHW, token_views_BL: the same, augmented; None where no SSL term asks for them.
         poisoned: how many of the pairs carry the trigger.
         broken: how many samples of this part could not be decoded and are missing from it.
+        keys: the samples' keys, in order.
     """
 
     images_BCHW: Tensor
@@ -46,6 +47,7 @@ class Batch:
     token_views_BL: Tensor | None
     poisoned: int
     broken: int = 0
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ class CachedPairs:
     def __len__(self) -> int:
         return len(self._images.index)
 
+    @property
+    def images(self) -> Images:
+        """All decoded images, as they are before poisoning."""
+        return self._images
+
     def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch."""
         check_batches(len(self), batch_size, world_size)
@@ -138,7 +145,7 @@ class CachedPairs:
         images_BCHW, image_views_BCHW = self._prepare.images(list(pixels_BCHW), keys, epoch=epoch)
         tokens_BL, token_views_BL = self._prepare.tokens(list(index.captions[rows]), keys, epoch=epoch)
         poisoned = sum(key in self._prepare.plan.rows for key in keys)
-        return Batch(images_BCHW, tokens_BL, image_views_BCHW, token_views_BL, poisoned)
+        return Batch(images_BCHW, tokens_BL, image_views_BCHW, token_views_BL, poisoned, keys=tuple(keys))
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,7 @@ class StreamedPairs:
             token_views_BL=token_views_BL,
             poisoned=sum(key in self._prepare.plan.rows for key in keys),
             broken=len(items) - len(whole),
+            keys=tuple(keys),
         )
 
 

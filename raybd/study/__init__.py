@@ -15,6 +15,7 @@ from raybd.study.base import Section, plain_name
 from raybd.study.cleaning import Clean, CleanSettings, searchable
 from raybd.study.data import Data, Model, Resources
 from raybd.study.evaluation import Evaluation
+from raybd.study.methods import Method
 from raybd.study.poison import Pattern, Placement, Poison, Trigger
 from raybd.study.search import Sampler, Search, Tell
 from raybd.study.training import ImageView, LossWeights, Precision, Pretrain, PretrainObjective, TextView, TrainSettings
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluation",
     "ImageView",
     "LossWeights",
+    "Method",
     "Model",
     "Pattern",
     "Placement",

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic.fields import FieldInfo
 
-from raybd.study.base import PositiveFloat
+from raybd.study.base import PositiveFloat, Section
+from raybd.study.methods import Abd, DeepClustering, FtSam, Interpolation, Method, Par, PseudoLabels, ShrinkPerturb
 from raybd.study.training import LossWeights, TrainSettings
 
 
 class CleanSettings(TrainSettings):
     """The settings of one cleaning trial: each may be searched."""
 
-    method: Literal["cleanclip"] = "cleanclip"
+    method: Method = Method.CLEANCLIP
     epochs: PositiveInt = 20
     batch_size: Annotated[int, Field(ge=2)] = 64
     lr: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 50
     loss_weights: LossWeights = LossWeights(mmcl=1, ssl=1)
+    shrink_perturb: ShrinkPerturb = ShrinkPerturb()
+    deep_clustering: DeepClustering = DeepClustering()
+    pseudo_labels: PseudoLabels = PseudoLabels()
+    par: Par = Par()
+    ft_sam: FtSam = FtSam()
+    abd: Abd = Abd()
+    interpolation: Interpolation = Interpolation()
 
     @field_validator("loss_weights", mode="before")
     @classmethod
@@ -50,9 +59,18 @@ def searchable() -> dict[str, type]:
     """Return the settings that a search may draw, by dotted name, with their types."""
     kinds: dict[str, type] = {}
     for name, field in CleanSettings.model_fields.items():
-        if name == "loss_weights":
-            kinds |= {f"loss_weights.{weight}": float for weight in LossWeights.model_fields}
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kinds |= {f"{name}.{leaf}": _kind(inner) for leaf, inner in kind.model_fields.items() if _scalar(inner)}
         elif name != "precision":
-            text = str(field.annotation)
-            kinds[name] = float if "float" in text else int if "int" in text else str
+            kinds[name] = _kind(field)
     return kinds
+
+
+def _kind(field: FieldInfo) -> type:
+    text = str(field.annotation)
+    return float if "float" in text else int if "int" in text else str
+
+
+def _scalar(field: FieldInfo) -> bool:
+    return "tuple" not in str(field.annotation)

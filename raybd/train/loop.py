@@ -23,6 +23,7 @@ from raybd.objectives import Loss, combined
 from raybd.study import Precision, TrainSettings
 from raybd.train.context import Progress, TrainContext
 from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
+from raybd.train.recipe import Recipe
 from raybd.train.schedule import cosine_with_warmup
 
 _MAX_LOG_SCALE = 4.605170185988092  # ln 100
@@ -68,6 +69,7 @@ class Training:
         context: where it runs and reports to.
         evaluation_set: evaluated before the first epoch and after each.
         max_broken: share of broken samples in an epoch above which the run stops.
+        recipe: what a cleaning method changes of plain training.
     """
 
     def __init__(
@@ -79,15 +81,18 @@ class Training:
         evaluation_set: EvaluationSet,
         *,
         max_broken: float = 1.0,
+        recipe: Recipe | None = None,
     ) -> None:
         self.clip, self.pairs, self.settings, self.context = clip, pairs, settings, context
         self.evaluation_set, self.max_broken = evaluation_set, max_broken
+        self.recipe = recipe or Recipe()
         clip.net.to(context.device, memory_format=torch.channels_last)
+        self.recipe.attach(self)
         self.optimizer = make_optimizer(clip.net, settings)
         self._names = {parameter: name for name, parameter in clip.net.named_parameters()}
         self._steps_an_epoch = steps(len(pairs), settings.batch_size)
         self._net: nn.Module = clip.net
-        self.step = self.samples_seen = self.poisoned_seen = 0
+        self.epoch = self.step = self.samples_seen = self.poisoned_seen = 0
 
     def run(self) -> None:
         """Train to the last epoch, from the start or from where the context says it was left.
@@ -98,6 +103,7 @@ class Training:
         if done is None:
             self.clip.net.train()
             self._finish_epoch(0, None, time.perf_counter())
+            self.recipe.start(self)
             done = 0
         if active():
             ids = [self.context.device.index] if self.context.device.type == "cuda" else None
@@ -105,43 +111,47 @@ class Training:
         for epoch in range(done + 1, self.settings.epochs + 1):
             sums = self._train_epoch(epoch)
             self._finish_epoch(epoch, sums, time.perf_counter())
+        for number, alpha in enumerate(self.recipe.points(self), start=self.settings.epochs + 1):
+            self._finish_epoch(number, None, time.perf_counter(), alpha=alpha)
 
     def weight_decay_in_force(self) -> float:
         """Return the weight decay that the optimizer applies, read back from it."""
         return float(self.optimizer.param_groups[0]["weight_decay"])
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass: bf16 where the settings ask for it."""
         kind = self.context.device.type
         wanted = self.settings.precision
         bf16 = wanted is Precision.BF16 or (wanted is Precision.AUTO and kind == "cuda")
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
 
     def _train_epoch(self, epoch: int) -> _EpochSums:
-        context, sums = self.context, _EpochSums()
-        self.clip.net.train()
+        context, sums, self.epoch = self.context, _EpochSums(), epoch
+        self.recipe.begin_epoch(self, epoch)
+        self.recipe.set_mode(self)
         batches = self.pairs.epoch(
             epoch, batch_size=self.settings.batch_size, rank=context.rank, world_size=context.world_size
         )
         for batch in batches:
-            lr = self._set_lr()
-            loss = self._forward(batch)
-            value = float(loss.total.detach())
-            if not torch.isfinite(loss.total):
-                raise TrialError(
-                    f"loss is {value} at step {self.step} (epoch {epoch}, lr {lr:.3g})",
-                    fix="lower the learning rate",
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()
-            self.optimizer.step()
+            self._set_lr()
+            loss = self.recipe.step(self, batch)
             with torch.no_grad():
                 self.clip.net.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
             self.step += 1
-            self._add(sums, batch, loss, value)
+            self._add(sums, batch, loss)
             self._note_progress(epoch, sums)
         return sums
 
-    def _set_lr(self) -> float:
+    def check_finite(self, loss: Loss) -> None:
+        """Raise TrialError where a loss is not finite: before the optimizer step that it would spoil."""
+        if not torch.isfinite(loss.total):
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            raise TrialError(
+                f"loss is {float(loss.total.detach())} at step {self.step} (epoch {self.epoch}, lr {lr:.3g})",
+                fix="lower the learning rate",
+            )
+
+    def _set_lr(self) -> None:
         lr = cosine_with_warmup(
             self.step,
             base_lr=self.settings.lr,
@@ -150,25 +160,32 @@ class Training:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        return lr
 
-    def _forward(self, batch: Batch) -> Loss:
+    def encode(self, pixels_BCHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalised image rows, text rows and the logit scale, float32, with gradients.
+
+        Args:
+            pixels_BCHW: normalised images (`Clip.normalise`), on any device.
+            tokens_BL: tokens, on any device.
+        """
+        device = self.context.device
+        pixels = pixels_BCHW.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            image_rows, text_rows, logit_scale = self._net(pixels, tokens_BL.to(device, non_blocking=True))
+        return image_rows.float(), text_rows.float(), logit_scale.float()
+
+    def loss(self, batch: Batch) -> Loss:
         """Return the loss of the global batch; originals and views go through the model as one batch."""
-        device, views = self.context.device, batch.image_views_BCHW is not None
-        images, tokens = batch.images_BCHW, batch.tokens_BL
+        images, tokens, views = batch.images_BCHW, batch.tokens_BL, batch.image_views_BCHW is not None
         if batch.image_views_BCHW is not None and batch.token_views_BL is not None:
             images, tokens = torch.cat([images, batch.image_views_BCHW]), torch.cat([tokens, batch.token_views_BL])
-        pixels = self.clip.normalise(images.to(device, non_blocking=True))
-        with self._autocast():
-            image_rows, text_rows, logit_scale = self._net(
-                pixels.contiguous(memory_format=torch.channels_last), tokens.to(device, non_blocking=True)
-            )
-        image_rows, text_rows = image_rows.float(), text_rows.float()
+        pixels = self.clip.normalise(images.to(self.context.device, non_blocking=True))
+        image_rows, text_rows, logit_scale = self.encode(pixels, tokens)
         own = len(batch.images_BCHW)
         return combined(
             image_rows[:own],
             text_rows[:own],
-            logit_scale.float(),
+            logit_scale,
             image_view_BD=image_rows[own:] if views else None,
             text_view_BD=text_rows[own:] if views else None,
             mmcl_weight=self.settings.loss_weights.mmcl,
@@ -176,12 +193,12 @@ class Training:
             gather=gather_rows,
         )
 
-    def _add(self, sums: _EpochSums, batch: Batch, loss: Loss, value: float) -> None:
+    def _add(self, sums: _EpochSums, batch: Batch, loss: Loss) -> None:
         sums.steps += 1
         sums.samples += len(batch.images_BCHW)
         sums.poisoned += batch.poisoned
         sums.broken += batch.broken
-        sums.loss += value
+        sums.loss += float(loss.total.detach())
         sums.mmcl += float(loss.mmcl.detach()) if loss.mmcl is not None else 0.0
         sums.ssl += float(loss.ssl.detach()) if loss.ssl is not None else 0.0
 
@@ -199,11 +216,11 @@ class Training:
             )
         )
 
-    def _finish_epoch(self, epoch: int, sums: _EpochSums | None, trained: float) -> None:
+    def _finish_epoch(self, epoch: int, sums: _EpochSums | None, trained: float, *, alpha: float | None = None) -> None:
         """Evaluate, report, and keep the state to go on from."""
-        record = self._training_columns(epoch, sums, trained)
+        record = {**self._training_columns(epoch, sums, trained), "alpha": alpha}
         self.context.report(epoch, record, lambda: checkpoint.to_bytes(self.clip.net.state_dict(), {"epoch": epoch}))
-        if epoch < self.settings.epochs:
+        if epoch < self.settings.epochs or (self.recipe.has_points and epoch == self.settings.epochs):
             self.context.save_state(lambda: self._state(epoch))
 
     def _training_columns(self, epoch: int, sums: _EpochSums | None, trained: float) -> dict[str, Any]:
@@ -257,7 +274,7 @@ class Training:
             device=context.device,
             rank=context.rank,
             world_size=context.world_size,
-            autocast=self._autocast,
+            autocast=self.autocast,
         )
         names = list(vars(Counts()))
         flat = [float(getattr(own[split], name)) for split in SPLITS for name in names]

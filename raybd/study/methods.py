@@ -1,0 +1,81 @@
+"""Cleaning methods by name, and the settings that only one of them has."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from raybd.study.base import NonNegativeFloat, PositiveFloat, Section
+
+
+class Method(StrEnum):
+    """How a poisoned model is cleaned."""
+
+    CLEANCLIP = "cleanclip"
+    MMCL = "mmcl"
+    SSL = "ssl"
+    SHRINK_PERTURB = "shrink_perturb"
+    DEEP_CLUSTERING = "deep_clustering"
+    PSEUDO_LABELS = "pseudo_labels"
+    PAR = "par"
+    FT_SAM = "ft_sam"
+    ABD = "abd"
+    INTERPOLATION = "interpolation"
+    BATCHNORM_REFRESH = "batchnorm_refresh"
+    FROZEN_BATCHNORM = "frozen_batchnorm"
+    IMAGE_TOWER = "image_tower"
+
+
+class ShrinkPerturb(Section):
+    """Once before finetuning: weights ← shrink · weights + perturb · newly drawn weights."""
+
+    shrink: Annotated[float, Field(ge=0, le=1)] = 0.95
+    perturb: NonNegativeFloat = 1e-4
+
+
+class DeepClustering(Section):
+    """Each epoch: spherical k-means of the cleaning images' embeddings, and a fresh linear head that predicts it."""
+
+    clusters: Annotated[int, Field(ge=2)] = 1000
+    iterations: PositiveInt = 20
+    weight: NonNegativeFloat = Field(5.0, description="weight of the head's cross-entropy")
+
+
+class PseudoLabels(Section):
+    """As deep clustering, with the labels that another model gives the cleaning images."""
+
+    weight: NonNegativeFloat = Field(5.0, description="weight of the head's cross-entropy")
+    model: str | None = Field(None, description="open_clip name of the model that labels")
+    checkpoint: str | None = Field(None, description="its weights: a file, or an open_clip tag")
+
+
+class Par(Section):
+    """Perturb and recover: away from the poisoned model's embeddings, up to a distance."""
+
+    threshold: PositiveFloat = Field(2.15, description="mean squared distance beyond which nothing more is gained")
+    noise: NonNegativeFloat = Field(0.1, description="standard deviation of the noise on half of the images, of [0, 1]")
+    erase: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of erasing a part of an image")
+
+
+class FtSam(Section):
+    """Sharpness-aware finetuning, the perturbation scaled by each weight."""
+
+    rho: PositiveFloat = Field(0.5, description="length of the step at which the gradient is taken")
+
+
+class Abd(Section):
+    """Adversarial images in place of augmented ones."""
+
+    epsilon: PositiveFloat = Field(8 / 255, description="largest change of a pixel, of [0, 1]")
+    steps: PositiveInt = 3
+    step_size: PositiveFloat = Field(4 / 255, description="of one step, of [0, 1]")
+
+
+class Interpolation(Section):
+    """Finetune, then walk the line between the poisoned and the finetuned model: a point for each alpha."""
+
+    alphas: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] = Field(
+        (0.25, 0.5, 0.75, 1.25), min_length=1, description="0 is the poisoned model, 1 the finetuned one"
+    )

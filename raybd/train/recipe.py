@@ -1,0 +1,58 @@
+"""What a cleaning method may change of a training run, as hooks of the loop. The one here changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from raybd.data.pairs import Batch
+from raybd.objectives import Loss
+
+if TYPE_CHECKING:
+    from raybd.train.loop import Training
+
+
+class Recipe:
+    """Plain training on the weighted sum of losses: pretraining, and the base of every cleaning method.
+
+    A method overrides the hooks that it needs. They are called in this order, each with the run:
+    `attach`, [epoch 0 is recorded], `start`, then for each epoch `begin_epoch`, `set_mode` and `step` for each batch,
+    and after the last epoch `points`. What a hook draws at random must depend on the seed and its place in the run
+    alone, and nothing but the model and the optimizer may be carried over from one epoch to the next: a run goes on
+    from an epoch's end after its process died.
+    """
+
+    def attach(self, run: Training) -> None:
+        """Look at the model as it came: copy it, choose what is trained. Called at a fresh start and on resuming.
+
+        The optimizer is made afterwards, from the parameters that require gradients.
+        """
+
+    def start(self, run: Training) -> None:
+        """Change the weights once, after the model as it came was recorded as epoch 0. Not called on resuming."""
+
+    def begin_epoch(self, run: Training, epoch: int) -> None:
+        """Prepare an epoch, from 1."""
+
+    def set_mode(self, run: Training) -> None:
+        """Put the model into the mode that it is trained in."""
+        run.clip.net.train()
+
+    def loss(self, run: Training, batch: Batch) -> Loss:
+        """Return the loss of a batch, ready for `backward`."""
+        return run.loss(batch)
+
+    def step(self, run: Training, batch: Batch) -> Loss:
+        """Take one optimizer step and return the loss that it was taken on. Errors: TrialError if it is not finite."""
+        loss = self.loss(run, batch)
+        run.check_finite(loss)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        run.optimizer.step()
+        return loss
+
+    has_points = False  # whether `points` yields any
+
+    def points(self, run: Training) -> Iterator[float]:
+        """Set weights without training, one candidate after the other; yield each one's `alpha`. None here."""
+        return iter(())
