@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 SPLITS = ("search", "report")
 Z_95 = 1.959963984540054
@@ -42,23 +43,25 @@ class Counts:
     Attributes:
         correct_clean: of `n_clean` clean images, those classified right.
         hit_target: of `n_triggered` triggered images, those classified as the target.
-        correct_triggered: triggered images that are still classified right.
+        correct_triggered: triggered images that are still classified right; None where nobody counted them.
     """
 
     n_clean: int = 0
     correct_clean: int = 0
     n_triggered: int = 0
     hit_target: int = 0
-    correct_triggered: int = 0
+    correct_triggered: int | None = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        both = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        sums: dict[str, Any] = {name: None if None in pair else sum(pair) for name, pair in both.items()}
+        return Counts(**sums)
 
-    def columns(self) -> dict[str, float | int]:
+    def columns(self) -> dict[str, float | int | None]:
         """Return accuracy, ASR and robust accuracy as fractions, with the counts: columns of the tables."""
         return {
             "zeroshot_top1": self.correct_clean / self.n_clean,
             "asr_top1": self.hit_target / self.n_triggered,
-            "robust_top1": self.correct_triggered / self.n_triggered,
+            "robust_top1": None if self.correct_triggered is None else self.correct_triggered / self.n_triggered,
             **asdict(self),
         }

@@ -18,6 +18,7 @@ _PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "ray", "optuna",
 # What a trained weight depends on: a change elsewhere (report, command line) leaves old results valid.
 _NUMERIC_CODE = (
     "objectives.py",
+    "assignment.py",
     "evaluate.py",
     "model.py",
     "seeding.py",

@@ -18,8 +18,8 @@ _SPEED = ("train_seconds", "evaluate_seconds", "samples_per_second")
 
 
 def counts(record: Mapping[str, Any]) -> dict[str, Counts]:
-    """Return the counts of each half in an epoch's record."""
-    return {split: Counts(**record["counts"][split]) for split in SPLITS}
+    """Return the counts in an epoch's record: of each half, or of all images where they were not halved."""
+    return {split: Counts(**record["counts"][split]) for split in (*SPLITS, "all") if split in record["counts"]}
 
 
 def pretrain_rows(entry: Entry) -> list[Row]:

@@ -156,7 +156,7 @@ class Run:
 
     def _trials(self, ids: dict[str, str]) -> tuple[int, int]:
         """Return how many trials the study has in all, and how many have ended."""
-        from raybd.cluster.search import settle
+        from raybd.assignment import settle
         from raybd.cluster.searcher import LedgerSearcher
 
         entries = self.ledger.entries(Kind.TRIAL)
@@ -233,6 +233,7 @@ class Run:
 
     def search(self, ids: dict[str, str]) -> None:
         """Run the trials that have not ended."""
+        from raybd.clean.actor import CleanTrial
         from raybd.cluster.search import run_search
 
         total, ended = self._trials(ids)
@@ -247,7 +248,8 @@ class Run:
             view.ended(entry)
 
         with self.view.live("search: starting trials"):
-            run_search(self.study, ids, self.store, share, on_epoch=view.epoch, on_end=on_end)
+            clean = CleanTrial(threads=share.cpus_per_trial, use_gpu=share.use_gpu)
+            run_search(self.study, ids, self.store, share, clean, on_epoch=view.epoch, on_end=on_end)
 
     def _add_trial(self, entry: Entry) -> None:
         """Write the parts of a trial that has ended, then the fronts as they are with it."""

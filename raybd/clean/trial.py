@@ -7,22 +7,19 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from raybd import checkpoint
+from raybd.assignment import Assignment, point, start_record
 from raybd.clean import registry
-from raybd.errors import RaybdError, StudyError
+from raybd.errors import RaybdError
 from raybd.fronts import checkpoint_name
 from raybd.ledger import Entry, Kind, Ledger, State
-from raybd.metrics import Counts
 from raybd.model import create, load_weights
 from raybd.seeding import fork
-from raybd.space import Value
 from raybd.store import Store
 from raybd.study import Study
 from raybd.train.context import LedgerContext
@@ -31,51 +28,6 @@ from raybd.train.loop import Training
 from raybd.train.pretraining import weights_name
 
 log = logging.getLogger(__name__)
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a trial is to do.
-
-    Attributes:
-        number: its place among the trials of its pretrain objective, from 0.
-        params: the searched settings, by dotted name.
-    """
-
-    trial_id: str
-    number: int
-    objective: str
-    pretrain_id: str
-    params: Mapping[str, Value]
-
-
-def start_record(study: Study, task: Assignment) -> dict[str, Any]:
-    """Return what the ledger keeps of a trial's start. Errors: StudyError where the settings do not fit together."""
-    try:
-        settings = study.clean.settings(task.params)
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise StudyError(f"settings {dict(task.params)} do not fit together: {reasons}", where=task.trial_id) from None
-    return {
-        "study": study.name,
-        "study_hash": study.hash(),
-        "trial_id": task.trial_id,
-        "number": task.number,
-        "objective": task.objective,
-        "pretrain_id": task.pretrain_id,
-        "method": settings.method,
-        "params": dict(task.params),
-        "settings": settings.model_dump(mode="json"),
-        "seed": fork(study.seed, "trial", task.objective, task.number),
-        "started": datetime.now(UTC).isoformat(),
-    }
-
-
-def point(record: Mapping[str, Any]) -> Point:
-    """Return accuracy and ASR on the search half, from an epoch's record."""
-    found = Counts(**record["counts"]["search"]).columns()
-    return float(found["zeroshot_top1"]), float(found["asr_top1"])
 
 
 class _Keeper:

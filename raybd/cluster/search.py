@@ -1,37 +1,27 @@
-"""The search on Ray Tune: cleaning trials side by side, each a plain function on a core or a share of a GPU."""
+"""The search on Ray Tune: trials side by side, each a plain function on a core or a share of a GPU."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
-import torch
 from ray import tune
 from ray.tune import Callback
 
-from raybd.clean.trial import Assignment, point, run_trial, start_record
+from raybd.assignment import Assignment, CarryOut, point, settle
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.cluster.session import Share
-from raybd.errors import DataError, StudyError
-from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.errors import StudyError
+from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
 from raybd.study import Study
-from raybd.train.context import LedgerContext
 
 
-def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int, use_gpu: bool) -> None:
+def _trainable(config: dict[str, Any], *, study: str, run: str, carry_out: CarryOut) -> None:
     """Run one trial in a Ray actor, which may have run others before."""
     logging.getLogger().setLevel(logging.WARNING)
-    torch.set_num_threads(threads)
-    gc.collect()
-    device = torch.device("cuda" if use_gpu else "cpu")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
     def notify(epoch: int, record: dict[str, Any]) -> None:
         top1, asr = point(record)
@@ -39,7 +29,7 @@ def _trainable(config: dict[str, Any], *, study: str, run: str, threads: int, us
 
     task, found, store = Assignment(**config), Study.model_validate_json(study), Store(run)
     try:
-        entry = run_trial(found, store, task, device=device, notify=notify)
+        entry = carry_out(found, store, task, notify)
     except StudyError:
         # Settings that do not fit together: it could not start, and would not the next time.
         entry = settle(store, found, task)
@@ -70,32 +60,12 @@ class _Watch(Callback):
         self._on_end(Assignment(**trial.config))
 
 
-def settle(store: Store, study: Study, task: Assignment) -> Entry:
-    """Return a trial's ended ledger entry; one that could not start, or whose process died, is ended as failed here."""
-    ledger = Ledger(store)
-    reason = ("WorkerDied", "the trial's process died (killed, or out of memory) and its retries are used up")
-    try:
-        entry = ledger.entry(Kind.TRIAL, task.trial_id)
-    except DataError:
-        try:
-            record = start_record(study, task)
-        except StudyError as error:
-            reason = (type(error).__name__, error.what)
-            record = {**start_record(study, replace(task, params={})), "params": dict(task.params)}
-        ledger.start(Kind.TRIAL, task.trial_id, record)
-        entry = ledger.entry(Kind.TRIAL, task.trial_id)
-    if entry.ended is not None:
-        return entry
-    ended = {"state": State.FAILED, "error_type": reason[0], "error_message": reason[1]}
-    LedgerContext(store=store, kind=Kind.TRIAL, id=task.trial_id).drop_state()
-    return ledger.end(Kind.TRIAL, task.trial_id, {**ended, "ended": datetime.now(UTC).isoformat()})
-
-
 def run_search(
     study: Study,
     pretrain_ids: Mapping[str, str],
     store: Store,
     share: Share,
+    carry_out: CarryOut,
     *,
     on_epoch: Callable[[str, int, float, float], None],
     on_end: Callable[[Entry], None],
@@ -103,6 +73,7 @@ def run_search(
     """Run every trial that the ledger has not as ended.
 
     Args:
+        carry_out: what a trial does with its assignment: train, or look a recorded curve up.
         on_epoch: called with trial, epoch, accuracy and ASR (search half) as they come in.
         on_end: called with the ledger entry of each trial that ended, whatever its state.
     """
@@ -111,9 +82,7 @@ def run_search(
     )
     if not searcher.remaining:
         return
-    function = tune.with_parameters(
-        _trainable, study=study.model_dump_json(), run=store.uri, threads=share.cpus_per_trial, use_gpu=share.use_gpu
-    )
+    function = tune.with_parameters(_trainable, study=study.model_dump_json(), run=store.uri, carry_out=carry_out)
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
         tune.with_resources(function, needs),

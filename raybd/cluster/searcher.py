@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from raybd import pareto
 from raybd import space as search_space
-from raybd.clean.trial import Assignment, point
+from raybd.assignment import Assignment, point
 from raybd.ledger import Entry, State
 from raybd.seeding import fork
 from raybd.space import Range, Value

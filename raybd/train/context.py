@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from raybd.assignment import drop_state, state_name
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
 
@@ -74,24 +75,19 @@ class LedgerContext:
             Ledger(self.store).epoch(self.kind, self.id, epoch, record)
         self.notify(epoch, record)
 
-    @property
-    def _state_name(self) -> str:
-        return f"state/{self.id}.safetensors"
-
     def save_state(self, state: Callable[[], bytes]) -> None:
         """Write the state of rank 0; every rank starts from it."""
         if self.rank == 0:
-            self.store.put(self._state_name, state())
+            self.store.put(state_name(self.id), state())
 
     def load_state(self) -> bytes | None:
         """Read the state that was written last."""
-        return self.store.get(self._state_name) if self.store.exists(self._state_name) else None
+        return self.store.get(state_name(self.id)) if self.store.exists(state_name(self.id)) else None
 
     def drop_state(self) -> None:
         """Remove the state of a run that has ended, and its note of progress."""
         if self.rank == 0:
-            self.store.delete(self._state_name)
-            self.store.delete(f"progress/{self.id}.json")
+            drop_state(self.store, self.id)
 
     def progress(self, progress: Progress) -> None:
         """Write where the run is, at most once a second (every half minute to a bucket)."""

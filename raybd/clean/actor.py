@@ -1,0 +1,38 @@
+"""What a Ray actor does with the assignment of a cleaning trial."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+from raybd.assignment import Assignment, Notify
+from raybd.ledger import Entry
+from raybd.store import Store
+from raybd.study import Study
+
+
+@dataclass(frozen=True)
+class CleanTrial:
+    """Carries a cleaning trial out, in a process that may have run others before.
+
+    Attributes:
+        threads: of torch, on the CPU.
+        use_gpu: train on the GPU that the process sees.
+    """
+
+    threads: int
+    use_gpu: bool
+
+    def __call__(self, study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
+        """Run the trial and return its ended entry; see `run_trial`."""
+        # The driver makes these and trains nothing: torch is for the process that does.
+        import torch
+
+        from raybd.clean.trial import run_trial
+
+        torch.set_num_threads(self.threads)
+        gc.collect()
+        device = torch.device("cuda" if self.use_gpu else "cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return run_trial(study, store, task, device=device, notify=notify)
