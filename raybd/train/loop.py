@@ -45,6 +45,17 @@ def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.AdamW
     )
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the model makes of a batch: normalised rows of originals and views, and the logit scale."""
+
+    image_BD: Tensor
+    text_BD: Tensor
+    logit_scale: Tensor
+    image_view_BD: Tensor | None
+    text_view_BD: Tensor | None
+
+
 @dataclass
 class _EpochSums:
     """Running sums over one epoch, of this rank."""
@@ -174,20 +185,34 @@ class Training:
             image_rows, text_rows, logit_scale = self._net(pixels, tokens_BL.to(device, non_blocking=True))
         return image_rows.float(), text_rows.float(), logit_scale.float()
 
-    def loss(self, batch: Batch) -> Loss:
-        """Return the loss of the global batch; originals and views go through the model as one batch."""
+    def features(self, batch: Batch) -> Features:
+        """Return the rows of a batch; originals and views go through the model as one batch."""
         images, tokens, views = batch.images_BCHW, batch.tokens_BL, batch.image_views_BCHW is not None
         if batch.image_views_BCHW is not None and batch.token_views_BL is not None:
             images, tokens = torch.cat([images, batch.image_views_BCHW]), torch.cat([tokens, batch.token_views_BL])
         pixels = self.clip.normalise(images.to(self.context.device, non_blocking=True))
         image_rows, text_rows, logit_scale = self.encode(pixels, tokens)
         own = len(batch.images_BCHW)
-        return combined(
+        return Features(
             image_rows[:own],
             text_rows[:own],
             logit_scale,
-            image_view_BD=image_rows[own:] if views else None,
-            text_view_BD=text_rows[own:] if views else None,
+            image_rows[own:] if views else None,
+            text_rows[own:] if views else None,
+        )
+
+    def loss(self, batch: Batch) -> Loss:
+        """Return the loss of the global batch."""
+        return self.loss_of(self.features(batch))
+
+    def loss_of(self, found: Features) -> Loss:
+        """Return the loss of the global batch, given this rank's rows."""
+        return combined(
+            found.image_BD,
+            found.text_BD,
+            found.logit_scale,
+            image_view_BD=found.image_view_BD,
+            text_view_BD=found.text_view_BD,
             mmcl_weight=self.settings.loss_weights.mmcl,
             ssl_weight=self.settings.loss_weights.ssl,
             gather=gather_rows,
