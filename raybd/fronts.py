@@ -33,9 +33,9 @@ def _groups(epochs: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
 def _candidates(
     rows: Sequence[Row], kind: str, trial_order: Mapping[str, int], unfinished: Collection[str]
 ) -> list[Row]:
-    """Return the `search` rows that compete: every epoch, or the last of each trial that came to its end.
+    """Return the `search` rows that compete: every epoch, or the last trained of each trial that came to its end.
 
-    The uncleaned model counts in both.
+    The uncleaned model counts in both; points without training (those with an `alpha`) are candidates, not ends.
     """
     searched = sorted(
         (row for row in rows if row["split"] == "search"),
@@ -43,6 +43,7 @@ def _candidates(
     )
     if kind == "any_epoch":
         return searched
+    searched = [row for row in searched if row.get("alpha") is None]
     last: dict[str, int] = {}
     for row in searched:
         last[row["trial_id"]] = max(row["epoch"], last.get(row["trial_id"], 0))

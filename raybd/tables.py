@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[str, pa.DataType]] = {
     "batch_size": ("batch_size", _int),
     "lr": ("lr", _float),
     "warmup_steps": ("warmup_steps", _int),
+    "schedule": ("schedule", _text),
     "weight_decay": ("weight_decay", _float),
     "beta1": ("beta1", _float),
     "beta2": ("beta2", _float),

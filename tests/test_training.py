@@ -34,13 +34,14 @@ from raybd.study import (
     ImageView,
     LossWeights,
     Precision,
+    Schedule,
     TextView,
     TrainSettings,
     Trigger,
 )
 from raybd.train.context import LedgerContext, Progress
 from raybd.train.loop import Training, make_optimizer
-from raybd.train.schedule import cosine_with_warmup
+from raybd.train.schedule import learning_rate
 
 VIT, RESNET = "vit-tiny-32", "resnet-tiny-32"
 PLAN = PoisonPlan({}, Trigger(size=4, pattern="fixed", placement="bottom_right"), pattern_seed=1)
@@ -114,7 +115,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def test_warm_up_runs_from_the_first_step_and_the_cosine_ends_at_zero() -> None:
-    lrs = [cosine_with_warmup(step, base_lr=0.8, warmup_steps=4, total_steps=12) for step in range(13)]
+    lrs = [learning_rate(Schedule.COSINE, step, base_lr=0.8, warmup_steps=4, total_steps=12) for step in range(13)]
     assert lrs[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8], rel=1e-15)
     assert lrs[8] == pytest.approx(0.4, rel=1e-12)
     assert lrs[6] == pytest.approx(0.4 * (1 + math.cos(math.pi / 4)), rel=1e-12)
@@ -123,8 +124,8 @@ def test_warm_up_runs_from_the_first_step_and_the_cosine_ends_at_zero() -> None:
 
 
 def test_no_warm_up_starts_at_the_base_and_a_run_shorter_than_its_warm_up_only_rises() -> None:
-    assert cosine_with_warmup(0, base_lr=0.3, warmup_steps=0, total_steps=5) == 0.3
-    rising = [cosine_with_warmup(step, base_lr=1.0, warmup_steps=10, total_steps=3) for step in range(3)]
+    assert learning_rate(Schedule.COSINE, 0, base_lr=0.3, warmup_steps=0, total_steps=5) == 0.3
+    rising = [learning_rate(Schedule.COSINE, step, base_lr=1.0, warmup_steps=10, total_steps=3) for step in range(3)]
     assert rising == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -132,12 +133,28 @@ def test_no_warm_up_starts_at_the_base_and_a_run_shorter_than_its_warm_up_only_r
 @given(st.floats(1e-9, 10.0), st.integers(0, 200), st.integers(1, 400), st.integers(0, 500))
 @example(0.1, 3, 400, 2)  # 0.1 * 3 / 3 is above 0.1
 def test_never_negative_and_never_above_the_base(base: float, warmup: int, total: int, step: int) -> None:
-    lr = cosine_with_warmup(step, base_lr=base, warmup_steps=warmup, total_steps=total)
+    lr = learning_rate(Schedule.COSINE, step, base_lr=base, warmup_steps=warmup, total_steps=total)
     assert 0.0 <= lr <= base
     if step < min(warmup, total):
         assert lr > 0.0
     if step >= total > warmup:
         assert lr <= 1e-15 * base
+
+
+@unhurried
+@given(st.floats(1e-9, 10.0), st.integers(0, 50), st.integers(1, 200))
+def test_par_falls_in_a_line_to_a_tenth_and_then_in_a_cosine_to_zero(base: float, warmup: int, half: int) -> None:
+    total = warmup + 2 * half
+    lrs = [
+        learning_rate(Schedule.PAR, step, base_lr=base, warmup_steps=warmup, total_steps=total)
+        for step in range(total + 1)
+    ]
+    assert lrs[:warmup] == pytest.approx([base * (step + 1) / warmup for step in range(warmup)])
+    line = [base + (base / 10 - base) * step / half for step in range(half + 1)]
+    assert lrs[warmup : warmup + half + 1] == pytest.approx(line, rel=1e-9)
+    # cos² of half the angle is the same curve as (1 + cos) / 2.
+    curve = [base / 10 * math.cos(math.pi / 2 * step / half) ** 2 for step in range(half + 1)]
+    assert lrs[warmup + half :] == pytest.approx(curve, rel=1e-9, abs=1e-12)
 
 
 # The loop.

@@ -101,7 +101,7 @@ def run_trial(
     return entry
 
 
-def _clean(study: Study, task: Assignment, context: LedgerContext, *, seed: int) -> float:
+def _clean(study: Study, task: Assignment, context: LedgerContext, *, seed: int) -> float | None:
     inputs = inputs_for(study)
     settings = study.clean.settings(task.params)
     clip = create(study.model.name, seed=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -84,6 +84,10 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
 
+    def without_views(self) -> Pairs:
+        """Return the same pairs without augmented views, which cost more than the rest together."""
+        ...
+
     def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch; every rank yields `steps(len(self), batch_size)` of them."""
         ...
@@ -131,6 +135,10 @@ class CachedPairs:
         """All decoded images, as they are before poisoning."""
         return self._images
 
+    def without_views(self) -> CachedPairs:
+        """Return the same pairs without augmented views."""
+        return CachedPairs(self._images, replace(self._prepare, views=None))
+
     def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch."""
         check_batches(len(self), batch_size, world_size)
@@ -174,6 +182,11 @@ class StreamedPairs:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def without_views(self) -> StreamedPairs:
+        """Return the same pairs without augmented views."""
+        plain = replace(self._prepare, views=None)
+        return StreamedPairs(self._index, plain, size=self._size, workers=self._workers, shuffle_buffer=self._buffer)
 
     def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch."""

@@ -6,21 +6,32 @@ Every default stands here, beside the setting that it belongs to. `study_file.lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, NonNegativeInt
+from pydantic import AfterValidator, NonNegativeInt, model_validator
 
 from raybd.provenance import digest
+from raybd.study import agreement
 from raybd.study.base import Section, plain_name
 from raybd.study.cleaning import Clean, CleanSettings, searchable
 from raybd.study.data import Data, Model, Resources
 from raybd.study.evaluation import Evaluation
-from raybd.study.methods import Method
+from raybd.study.methods import FIXED_WEIGHTS, Method
 from raybd.study.poison import Pattern, Placement, Poison, Trigger
 from raybd.study.search import Sampler, Search, Tell
-from raybd.study.training import ImageView, LossWeights, Precision, Pretrain, PretrainObjective, TextView, TrainSettings
+from raybd.study.training import (
+    ImageView,
+    LossWeights,
+    Precision,
+    Pretrain,
+    PretrainObjective,
+    Schedule,
+    TextView,
+    TrainSettings,
+)
 
 __all__ = [
+    "FIXED_WEIGHTS",
     "FREE_SETTINGS",
     "Clean",
     "CleanSettings",
@@ -38,6 +49,7 @@ __all__ = [
     "PretrainObjective",
     "Resources",
     "Sampler",
+    "Schedule",
     "Search",
     "Study",
     "Tell",
@@ -65,6 +77,12 @@ class Study(Section):
     search: Search = Search()
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _methods_agree(self) -> Self:
+        if faults := list(agreement.faults(self.clean, self.search.space)):
+            raise ValueError("; ".join(faults))
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Return all settings as plain JSON-able data."""

@@ -31,6 +31,13 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Schedule(StrEnum):
+    """Learning rate after the warm-up: a cosine to 0, or as PAR's: in a line to a tenth halfway, then a cosine to 0."""
+
+    COSINE = "cosine"
+    PAR = "par"
+
+
 class LossWeights(Section):
     """Weights of the contrastive loss across modalities and of the self-supervised loss within each."""
 
@@ -51,6 +58,7 @@ class TrainSettings(Section):
     batch_size: Annotated[int, Field(ge=2)] = Field(description="global batch, over all workers")
     lr: PositiveFloat
     warmup_steps: NonNegativeInt
+    schedule: Schedule = Schedule.COSINE
     weight_decay: NonNegativeFloat = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -24,7 +24,7 @@ from raybd.study import Precision, TrainSettings
 from raybd.train.context import Progress, TrainContext
 from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
 from raybd.train.recipe import Recipe
-from raybd.train.schedule import cosine_with_warmup
+from raybd.train.schedule import learning_rate
 
 _MAX_LOG_SCALE = 4.605170185988092  # ln 100
 
@@ -110,12 +110,19 @@ class Training:
 
         Errors: TrialError where the loss is not finite; DataError where too many samples are broken.
         """
+        try:
+            self._run()
+        finally:
+            self.recipe.detach(self)
+
+    def _run(self) -> None:
         done = self._restore()
         if done is None:
             self.clip.net.train()
             self._finish_epoch(0, None, time.perf_counter())
-            self.recipe.start(self)
             done = 0
+        if done == 0:
+            self.recipe.start(self)
         if active():
             ids = [self.context.device.index] if self.context.device.type == "cuda" else None
             self._net = DistributedDataParallel(self.clip.net, device_ids=ids)
@@ -125,9 +132,9 @@ class Training:
         for number, alpha in enumerate(self.recipe.points(self), start=self.settings.epochs + 1):
             self._finish_epoch(number, None, time.perf_counter(), alpha=alpha)
 
-    def weight_decay_in_force(self) -> float:
-        """Return the weight decay that the optimizer applies, read back from it."""
-        return float(self.optimizer.param_groups[0]["weight_decay"])
+    def weight_decay_in_force(self) -> float | None:
+        """Return the weight decay that the optimizer applies, read back from it; None where it takes no step."""
+        return float(self.optimizer.param_groups[0]["weight_decay"]) if self.recipe.optimizes else None
 
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass: bf16 where the settings ask for it."""
@@ -146,12 +153,16 @@ class Training:
         for batch in batches:
             self._set_lr()
             loss = self.recipe.step(self, batch)
-            with torch.no_grad():
-                self.clip.net.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
+            self.clamp_scale()
             self.step += 1
             self._add(sums, batch, loss)
             self._note_progress(epoch, sums)
         return sums
+
+    def clamp_scale(self) -> None:
+        """Keep the logit scale within [1, 100]."""
+        with torch.no_grad():
+            self.clip.net.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
 
     def check_finite(self, loss: Loss) -> None:
         """Raise TrialError where a loss is not finite: before the optimizer step that it would spoil."""
@@ -163,7 +174,8 @@ class Training:
             )
 
     def _set_lr(self) -> None:
-        lr = cosine_with_warmup(
+        lr = learning_rate(
+            self.settings.schedule,
             self.step,
             base_lr=self.settings.lr,
             warmup_steps=self.settings.warmup_steps,
@@ -271,7 +283,7 @@ class Training:
                 "loss": sums.loss / sums.steps,
                 "loss_mmcl": sums.mmcl / sums.steps if weights.mmcl else None,
                 "loss_ssl": sums.ssl / sums.steps if weights.ssl else None,
-                "lr": float(self.optimizer.param_groups[0]["lr"]),
+                "lr": float(self.optimizer.param_groups[0]["lr"]) if self.recipe.optimizes else None,
                 "broken": broken,
             }
         counts = self._evaluate()

@@ -17,10 +17,12 @@ class Recipe:
 
     A method overrides the hooks that it needs. They are called in this order, each with the run:
     `attach`, [epoch 0 is recorded], `start`, then for each epoch `begin_epoch`, `set_mode` and `step` for each batch,
-    and after the last epoch `points`. What a hook draws at random must depend on the seed and its place in the run
-    alone, and nothing but the model and the optimizer may be carried over from one epoch to the next: a run goes on
-    from an epoch's end after its process died.
+    after the last epoch `points`, and at the end, or after an error, `detach`. What a hook draws at random must
+    depend on the seed and its place in the run alone, and nothing but the model and the optimizer may be carried over
+    from one epoch to the next: a run goes on from an epoch's end after its process died.
     """
+
+    optimizes = True  # whether `step` takes optimizer steps: without any, no learning rate and no decay are in force
 
     def attach(self, run: Training) -> None:
         """Look at the model as it came: copy it, choose what is trained. Called at a fresh start and on resuming.
@@ -29,7 +31,10 @@ class Recipe:
         """
 
     def start(self, run: Training) -> None:
-        """Change the weights once, after the model as it came was recorded as epoch 0. Not called on resuming."""
+        """Change the weights once, after the model as it came was recorded as epoch 0.
+
+        Called on resuming only where no later epoch was finished: the state kept is that of the model as it came.
+        """
 
     def begin_epoch(self, run: Training, epoch: int) -> None:
         """Prepare an epoch, from 1."""
@@ -56,3 +61,6 @@ class Recipe:
     def points(self, run: Training) -> Iterator[float]:
         """Set weights without training, one candidate after the other; yield each one's `alpha`. None here."""
         return iter(())
+
+    def detach(self, run: Training) -> None:
+        """Take back what `attach` changed of the model besides its weights."""

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import math
 
+from raybd.study import Schedule
 
-def cosine_with_warmup(step: int, *, base_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of a step: linear warm-up to `base_lr`, then a cosine that ends at 0.
+
+def learning_rate(kind: Schedule, step: int, *, base_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Return the learning rate of a step: linear warm-up to `base_lr`, then what the schedule says.
+
+    `cosine` is half a cosine that ends at 0. `par` falls in a line to a tenth of `base_lr` at half of the steps
+    after the warm-up, and from there in half a cosine to 0.
 
     Args:
         step: from 0, counted over the whole run. The first step has base_lr / warmup_steps, never 0.
 
     A run shorter than its warm-up spends itself warming up.
+
+    Source: for `par`, arXiv 2412.00727 and nmndeep/PerturbAndRecover@a720440, which has no warm-up: set it to 0.
     """
     if step < warmup_steps:
         return base_lr * ((step + 1) / warmup_steps)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return base_lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if kind is Schedule.COSINE:
+        return base_lr * _half_cosine(progress)
+    if progress < 0.5:
+        return base_lr * (1.0 - 1.8 * progress)
+    return base_lr * 0.1 * _half_cosine(2.0 * progress - 1.0)
+
+
+def _half_cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
