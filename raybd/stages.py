@@ -168,9 +168,11 @@ class Run:
         """Check all inputs; write the plan, its preview and what was skipped; return the ids of the pretrainings."""
         import torch
 
+        from raybd.clean import registry
         from raybd.poison.preview import preview
 
         self.inputs.check()
+        registry.check(self.study)
         ids, plan = self._record(), self.inputs.plan
         if not (self._earlier and self.store.exists("tables/poison_plan/plan.parquet")):
             images = self.inputs.train_images(list(plan.rows)[:3])

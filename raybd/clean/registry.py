@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from raybd.clean.batchnorm import BatchNormRefresh, FrozenBatchNorm, require_layers
 from raybd.clean.cleanclip import CleanClip
-from raybd.study import CleanSettings, Method
+from raybd.clean.weights import ImageTower, Interpolation, ShrinkAndPerturb
+from raybd.model import create
+from raybd.study import CleanSettings, Method, Study
+from raybd.study.agreement import methods
 from raybd.train.recipe import Recipe
 
 # Given a trial's settings and seed.
@@ -13,9 +17,23 @@ METHODS: dict[Method, Callable[[CleanSettings, int], Recipe]] = {
     Method.CLEANCLIP: lambda settings, seed: CleanClip(),
     Method.MMCL: lambda settings, seed: CleanClip(),
     Method.SSL: lambda settings, seed: CleanClip(),
+    Method.SHRINK_PERTURB: lambda settings, seed: ShrinkAndPerturb(settings.shrink_perturb, seed=seed),
+    Method.INTERPOLATION: lambda settings, seed: Interpolation(settings.interpolation.alphas),
+    Method.BATCHNORM_REFRESH: lambda settings, seed: BatchNormRefresh(),
+    Method.FROZEN_BATCHNORM: lambda settings, seed: FrozenBatchNorm(),
+    Method.IMAGE_TOWER: lambda settings, seed: ImageTower(),
 }
 
 
 def recipe(settings: CleanSettings, *, seed: int) -> Recipe:
     """Return the recipe of a trial's method."""
     return METHODS[settings.method](settings, seed)
+
+
+def check(study: Study) -> None:
+    """Refuse methods that the study's model cannot be cleaned with, before any work. Errors: StudyError."""
+    needing = methods(study.clean, study.search.space) & {Method.BATCHNORM_REFRESH, Method.FROZEN_BATCHNORM}
+    if needing:
+        net = create(study.model.name, seed=0).net
+        for method in sorted(needing):
+            require_layers(net.visual, method=method, model=study.model.name)

@@ -9,7 +9,17 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from pydantic.fields import FieldInfo
 
 from raybd.study.base import PositiveFloat, Section
-from raybd.study.methods import Abd, DeepClustering, FtSam, Interpolation, Method, Par, PseudoLabels, ShrinkPerturb
+from raybd.study.methods import (
+    FIXED_WEIGHTS,
+    Abd,
+    DeepClustering,
+    FtSam,
+    Interpolation,
+    Method,
+    Par,
+    PseudoLabels,
+    ShrinkPerturb,
+)
 from raybd.study.training import LossWeights, TrainSettings
 
 
@@ -44,7 +54,10 @@ class Clean(CleanSettings):
     leaked_poison: NonNegativeInt = Field(0, description="poisoned pairs that slip into the cleaning set")
 
     def settings(self, params: Mapping[str, Any]) -> CleanSettings:
-        """Return the settings with the searched `params` (dotted names) put in. Errors: pydantic's ValidationError."""
+        """Return the settings with the searched `params` (dotted names) put in, and the method's own loss weights.
+
+        Errors: pydantic's ValidationError.
+        """
         values = self.model_dump(exclude={"num_samples", "leaked_poison"})
         for name, value in params.items():
             *parents, leaf = name.split(".")
@@ -52,6 +65,7 @@ class Clean(CleanSettings):
             for parent in parents:
                 inner = inner[parent]
             inner[leaf] = value
+        values["loss_weights"] |= FIXED_WEIGHTS.get(values["method"], {})
         return CleanSettings(**values)
 
 

@@ -28,6 +28,38 @@ class Method(StrEnum):
     IMAGE_TOWER = "image_tower"
 
 
+# Weights of the two losses that a method has of itself, whatever the study says.
+FIXED_WEIGHTS: dict[Method, dict[str, float]] = {
+    Method.MMCL: {"mmcl": 1.0, "ssl": 0.0},
+    Method.SSL: {"mmcl": 0.0, "ssl": 1.0},
+    Method.PAR: {"mmcl": 1.0, "ssl": 0.0},
+    # Nothing is learnt: the loss is recorded only, and without augmented views it costs less.
+    Method.BATCHNORM_REFRESH: {"mmcl": 1.0, "ssl": 0.0},
+}
+_OWN_SECTIONS = frozenset(
+    {
+        Method.SHRINK_PERTURB,
+        Method.DEEP_CLUSTERING,
+        Method.PSEUDO_LABELS,
+        Method.PAR,
+        Method.FT_SAM,
+        Method.ABD,
+        Method.INTERPOLATION,
+    }
+)
+
+
+def users(setting: str) -> frozenset[Method]:
+    """Return the methods that a setting (dotted name, or a section's) has an effect on; those of training have on all.
+
+    Methods that fix the loss weights ignore `loss_weights`, and the sections named after methods are theirs alone.
+    """
+    section = setting.partition(".")[0]
+    if section == "loss_weights":
+        return frozenset(Method) - frozenset(FIXED_WEIGHTS)
+    return frozenset({Method(section)}) if section in _OWN_SECTIONS else frozenset(Method)
+
+
 class ShrinkPerturb(Section):
     """Once before finetuning: weights ← shrink · weights + perturb · newly drawn weights."""
 

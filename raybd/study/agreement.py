@@ -1,0 +1,60 @@
+"""Whether what is searched has an effect on the methods that it is searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from raybd.space import Range
+from raybd.study.cleaning import Clean, CleanSettings
+from raybd.study.methods import Method, users
+
+
+def methods(clean: Clean, space: Mapping[str, Range]) -> frozenset[Method]:
+    """Return the methods that trials may have."""
+    searched = space.get("method")
+    if searched is None:
+        return frozenset({clean.method})
+    # Where `method` itself is conditional, trials without it have the study's own.
+    return _named(searched.choices) | (frozenset({clean.method}) if searched.when else frozenset())
+
+
+def _named(values: object) -> frozenset[Method]:
+    given = values if isinstance(values, tuple) else (values,)
+    return frozenset(Method(value) for value in given if value in list(Method))
+
+
+def _drawn_for(name: str, space: Mapping[str, Range], possible: frozenset[Method]) -> frozenset[Method]:
+    """Return the methods of the trials in which a searched setting is drawn, as its `when` and theirs say."""
+    for other, wanted in space[name].when.items():
+        if other == "method":
+            possible &= _named(wanted)
+        elif other in space:
+            possible &= _drawn_for(other, space, possible)
+    return possible
+
+
+def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
+    """Yield a sentence for each setting, searched or given, that methods would ignore.
+
+    Without this a trial's record would show values that changed nothing, and a sampler would learn from them.
+    """
+    possible = methods(clean, space)
+    for name in space:
+        idle = _drawn_for(name, space, possible) - users(name)
+        if idle:
+            yield (
+                f"space.{name}: has no effect on {_list(idle)}, only on {_list(users(name))}: "
+                f"{_fix(possible & users(name))}"
+            )
+    for section, field in CleanSettings.model_fields.items():
+        given = getattr(clean, section)
+        if given != field.default and not possible & users(section):
+            yield f"clean.{section}: has no effect on {_list(possible)}, only on {_list(users(section))}: remove it"
+
+
+def _fix(left: frozenset[Method]) -> str:
+    return f"restrict it with `when: {{method: [{', '.join(sorted(left))}]}}`" if left else "remove it"
+
+
+def _list(found: frozenset[Method]) -> str:
+    return ", ".join(sorted(found))
