@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from raybd import pareto
+from raybd.metrics import SPLITS
 
 Row = Mapping[str, Any]
+Key = tuple[str, str, str]
 KINDS = ("any_epoch", "final")
-WITHIN_POINTS = (1, 3, 5)
+# The half on which points are chosen and the one on which they are quoted; or the only one, for both.
+HALVES, WHOLE = SPLITS, ("all",)
+# The name of the group that holds every method's trials, where a study has several.
+ALL_METHODS = "all"
+WITHIN_POINTS = (0.5, 1, 2, 3, 5, 10)
 CEILINGS = (0.01, 0.05, 0.10)
+# Accuracies are shares of counted images: less than this apart they are the same.
+SLACK = 1e-12
 _POINT = ("trial_id", "epoch", "zeroshot_top1", "asr_top1")
-_SAME = ("study", "study_hash", "pretrain_id", "objective", "method", *_POINT)
+_SAME = ("study", "study_hash", "pretrain_id", "objective", *_POINT)
 
 
 def checkpoint_name(trial_id: str, epoch: int) -> str:
@@ -23,35 +31,70 @@ def checkpoint_name(trial_id: str, epoch: int) -> str:
     return f"weights/{trial_id}/epoch-{epoch:04d}.safetensors"
 
 
-def _groups(epochs: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    found: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+def objective_names(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
+    """Return a name for each (objective, pretrain_id), by objective; the id shows where an objective has several."""
+    pairs = sorted({(row["objective"], row["pretrain_id"]) for row in rows})
+    count = Counter(objective for objective, _ in pairs)
+    return {(o, i): o if count[o] == 1 else f"{o} ({i})" for o, i in pairs}
+
+
+def halves(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Return the splits of these rows: first the one that points are chosen on, last the one they are quoted on.
+
+    A study has `search` and `report`. Results of others, in which every image was counted once, have `all` alone.
+    """
+    return HALVES if any(row["split"] == "search" for row in rows) else WHOLE
+
+
+def groups(epochs: Iterable[Row]) -> dict[Key, list[Row]]:
+    """Return the rows by (objective, pretrain_id, method); those of several methods are also together, as `all`."""
+    found: dict[Key, list[Row]] = defaultdict(list)
     for row in epochs:
         found[row["objective"], row["pretrain_id"], row["method"]].append(row)
-    return dict(sorted(found.items()))
+    methods = Counter(key[:2] for key in found)
+    for key, rows in list(found.items()):
+        if methods[key[:2]] > 1:
+            found[*key[:2], ALL_METHODS] += rows
+    return dict(sorted(found.items(), key=lambda item: (item[0][:2], item[0][2] != ALL_METHODS, item[0][2])))
 
 
-def _candidates(
-    rows: Sequence[Row], kind: str, trial_order: Mapping[str, int], unfinished: Collection[str]
-) -> list[Row]:
-    """Return the `search` rows that compete: every epoch, or the last trained of each trial that came to its end.
+def trial_order(trials: Iterable[Row]) -> dict[str, int]:
+    """Return the place of each trial: of equal points that of the lowest number is preferred."""
+    return {row["trial_id"]: row["number"] for row in trials if row["number"] is not None}
 
-    The uncleaned model counts in both; points without training (those with an `alpha`) are candidates, not ends.
+
+def candidates(rows: Iterable[Row], kind: str, order: Mapping[str, int], unfinished: Collection[str] = ()) -> list[Row]:
+    """Return the rows that compete, as scored on the half that points are chosen on.
+
+    Args:
+        rows: rows of the `epochs` table, of one group.
+        kind: `any_epoch`, or `final`: the last epoch of each trial that came to its end. The uncleaned model counts
+            in both; a point made without training (one that has an `alpha`) only in the first.
+        order: what `trial_order` gives.
+        unfinished: trials that did not come to their end.
     """
+    rows = list(rows)
+    chosen_on = halves(rows)[0]
     searched = sorted(
-        (row for row in rows if row["split"] == "search"),
-        key=lambda row: (trial_order.get(row["trial_id"], 1 << 60), row["trial_id"], row["epoch"]),
+        (row for row in rows if row["split"] == chosen_on),
+        key=lambda row: (order.get(row["trial_id"], 1 << 60), row["trial_id"], row["epoch"]),
     )
     if kind == "any_epoch":
         return searched
-    searched = [row for row in searched if row.get("alpha") is None]
+    trained = [row for row in searched if row.get("alpha") is None]
     last: dict[str, int] = {}
-    for row in searched:
+    for row in trained:
         last[row["trial_id"]] = max(row["epoch"], last.get(row["trial_id"], 0))
     return [
         row
-        for row in searched
+        for row in trained
         if row["epoch"] == 0 or (row["epoch"] == last[row["trial_id"]] and row["trial_id"] not in unfinished)
     ]
+
+
+def unfinished_trials(trials: Iterable[Row]) -> set[str]:
+    """Return the trials that did not come to their end: their last epoch is only where they stopped."""
+    return {row["trial_id"] for row in trials if row.get("state", "complete") != "complete"}
 
 
 def compute(epochs: Iterable[Row], trials: Iterable[Row]) -> list[dict[str, Any]]:
@@ -59,59 +102,70 @@ def compute(epochs: Iterable[Row], trials: Iterable[Row]) -> list[dict[str, Any]
 
     Which points form a front is decided on the `search` half alone; the rows of the `report` half are the same
     points, with what they score there (where one may beat another). So nothing is chosen on the images reported.
+    Where the rows know one split only, `all`, points are chosen and quoted on the same images.
 
     Args:
         epochs: rows of the `epochs` table.
         trials: rows of the `trials` table; they fix the order in which equal points are preferred.
 
     Returns: rows of the `fronts` table, by objective, method, kind, split and rising accuracy on the search half.
+        Where a model was cleaned by several methods, `method` is `all` in the rows of the front over all of them.
     """
     known = list(trials)
-    number = {row["trial_id"]: row["number"] for row in known}
-    unfinished = {row["trial_id"] for row in known if row.get("state", "complete") != "complete"}
+    order, unfinished = trial_order(known), unfinished_trials(known)
     found: list[dict[str, Any]] = []
-    for rows in _groups(epochs).values():
+    for (_, _, method), rows in groups(epochs).items():
         by_point = {(row["trial_id"], row["epoch"], row["split"]): row for row in rows}
         for kind in KINDS:
-            candidates = _candidates(rows, kind, number, unfinished)
-            if not candidates:
+            competing = candidates(rows, kind, order, unfinished)
+            if not competing:
                 continue
-            kept = pareto.front([r["zeroshot_top1"] for r in candidates], [r["asr_top1"] for r in candidates])
-            members = [candidates[i] for i in kept]
-            for split in ("search", "report"):
+            kept = pareto.front([r["zeroshot_top1"] for r in competing], [r["asr_top1"] for r in competing])
+            members = [competing[i] for i in kept]
+            for split in halves(rows):
                 points = [by_point[row["trial_id"], row["epoch"], split] for row in members]
-                found += _front_rows(points, kind, split, _baseline(rows, split))
+                same = {"method": method, "kind": kind, "split": split}
+                found += _front_rows(points, same, baseline(rows, split))
     return found
 
 
-def _baseline(rows: Sequence[Row], split: str) -> tuple[float, float]:
-    """Return accuracy and ASR of the poisoned model before cleaning, on one half."""
+def baseline(rows: Iterable[Row], split: str) -> tuple[float, float]:
+    """Return accuracy and ASR of the poisoned model before cleaning, on one half; NaN if it was not measured."""
     for row in rows:
         if row["epoch"] == 0 and row["split"] == split:
             return row["zeroshot_top1"], row["asr_top1"]
     return float("nan"), float("nan")
 
 
-def _front_rows(points: Sequence[Row], kind: str, split: str, baseline: tuple[float, float]) -> list[dict[str, Any]]:
+def _front_rows(points: Sequence[Row], same: Row, before: tuple[float, float]) -> list[dict[str, Any]]:
     top1, asr = [row["zeroshot_top1"] for row in points], [row["asr_top1"] for row in points]
     area, parts = pareto.hypervolume(top1, asr), pareto.contributions(top1, asr)
     return [
         {
             **{name: row[name] for name in _SAME},
-            "kind": kind,
-            "split": split,
+            **same,
             "hv_contribution": float(part),
             "hypervolume": area,
-            "checkpoint": (
-                checkpoint_name(row["trial_id"], row["epoch"])
-                if row["epoch"]
-                else f"pretrained/{row['pretrain_id']}.safetensors"
-            ),
-            "baseline_top1": baseline[0],
-            "baseline_asr": baseline[1],
+            "checkpoint": _checkpoint(row),
+            "baseline_top1": before[0],
+            "baseline_asr": before[1],
         }
         for row, part in zip(points, parts, strict=True)
     ]
+
+
+def _checkpoint(row: Row) -> str | None:
+    """Return where a point's weights are; none for the results of others, which come as numbers only."""
+    if row["split"] in WHOLE:
+        return None
+    if row["epoch"]:
+        return checkpoint_name(row["trial_id"], row["epoch"])
+    return f"pretrained/{row['pretrain_id']}.safetensors"
+
+
+def share_lost(top1: float, before: float) -> float | None:
+    """Return the accuracy lost as a share of the accuracy before: below 0 for a gain, None without a baseline."""
+    return (before - top1) / before if before > 0 else None
 
 
 def summarise(fronts: Iterable[Row]) -> list[dict[str, Any]]:
@@ -119,47 +173,44 @@ def summarise(fronts: Iterable[Row]) -> list[dict[str, Any]]:
 
     `best_asr_within` maps points of accuracy lost to the front point of lowest ASR, `best_top1_at_asr` maps an ASR
     ceiling to the most accurate one; both are chosen on the search half and quoted on the entry's own half.
-    None where no point qualifies.
+    None where no point qualifies. `share_lost` is the accuracy that a point gives up, as a share of the baseline's;
+    `hypervolume_share` see `pareto.hypervolume_share`.
     """
     grouped: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in fronts:
         grouped[row["objective"], row["pretrain_id"], row["method"], row["kind"], row["split"]].append(row)
-    found = []
-    for (objective, pretrain_id, method, kind, split), rows in grouped.items():
-        searched = grouped[objective, pretrain_id, method, kind, "search"]
-        own = {(row["trial_id"], row["epoch"]): row for row in rows}
-        top1 = np.array([row["zeroshot_top1"] for row in searched])
-        asr = np.array([row["asr_top1"] for row in searched])
-        base = searched[0]["baseline_top1"]
+    return [
+        _summary(rows, grouped.get((*key[:4], HALVES[0]), rows), dict(zip(_ENTRY, key, strict=True)))
+        for key, rows in grouped.items()
+    ]
 
-        def quote(
-            index: int | None, searched: list[Row] = searched, own: dict[Any, Row] = own
-        ) -> dict[str, Any] | None:
-            if index is None:
-                return None
-            row = own[searched[index]["trial_id"], searched[index]["epoch"]]
-            return {name: row[name] for name in ("trial_id", "epoch", "zeroshot_top1", "asr_top1", "checkpoint")}
 
-        within = {p: quote(pareto.lowest_asr(top1, asr, floor=base - p / 100 - 1e-12)) for p in WITHIN_POINTS}
-        at = {c: quote(pareto.highest_top1(top1, asr, ceiling=c)) for c in CEILINGS}
-        found.append(
-            {
-                "objective": objective,
-                "pretrain_id": pretrain_id,
-                "method": method,
-                "kind": kind,
-                "split": split,
-                "baseline": {"zeroshot_top1": rows[0]["baseline_top1"], "asr_top1": rows[0]["baseline_asr"]},
-                "hypervolume": rows[0]["hypervolume"],
-                "best_asr_within": {str(points): point for points, point in within.items()},
-                "best_top1_at_asr": {str(ceiling): point for ceiling, point in at.items()},
-                "front": [
-                    {
-                        name: row[name]
-                        for name in ("trial_id", "epoch", "zeroshot_top1", "asr_top1", "hv_contribution", "checkpoint")
-                    }
-                    for row in rows
-                ],
-            }
-        )
-    return found
+_ENTRY = ("objective", "pretrain_id", "method", "kind", "split")
+
+
+def _summary(rows: Sequence[Row], searched: Sequence[Row], entry: Row) -> dict[str, Any]:
+    """Summarise the rows of one front on one half, given the same points on the half that they are chosen on."""
+    own = {(row["trial_id"], row["epoch"]): row for row in rows}
+    top1 = np.array([row["zeroshot_top1"] for row in searched])
+    asr = np.array([row["asr_top1"] for row in searched])
+    before = rows[0]["baseline_top1"]
+
+    def quote(index: int | None) -> dict[str, Any] | None:
+        if index is None:
+            return None
+        row = own[searched[index]["trial_id"], searched[index]["epoch"]]
+        return {
+            **{name: row[name] for name in (*_POINT, "checkpoint")},
+            "share_lost": share_lost(row["zeroshot_top1"], before),
+        }
+
+    floors = {p: searched[0]["baseline_top1"] - p / 100 - SLACK for p in WITHIN_POINTS}
+    return {
+        **entry,
+        "baseline": {"zeroshot_top1": before, "asr_top1": rows[0]["baseline_asr"]},
+        "hypervolume": rows[0]["hypervolume"],
+        "hypervolume_share": pareto.hypervolume_share(rows[0]["hypervolume"], before),
+        "best_asr_within": {str(p): quote(pareto.lowest_asr(top1, asr, floor=floor)) for p, floor in floors.items()},
+        "best_top1_at_asr": {str(c): quote(pareto.highest_top1(top1, asr, ceiling=c)) for c in CEILINGS},
+        "front": [{name: row[name] for name in (*_POINT, "hv_contribution", "checkpoint")} for row in rows],
+    }

@@ -50,6 +50,21 @@ def hypervolume(top1: ArrayLike, asr: ArrayLike) -> float:
     return float(np.sum(widths * (1.0 - asr_N[kept])))
 
 
+def hypervolume_share(area: float, baseline_top1: float) -> float | None:
+    """Return a hypervolume as a share of the poisoned model's rectangle: hypervolume / (baseline accuracy x 1).
+
+    The rectangle reaches from accuracy 0 to that of the poisoned model and over all ASR: a front that removes the
+    backdoor and loses no accuracy has 1, one that gains accuracy may have more, the poisoned model alone has 1 - ASR.
+
+    Args:
+        area: what `hypervolume` gives.
+        baseline_top1: accuracy of the poisoned model before cleaning, on the same images.
+
+    Returns: None if the baseline is 0 or not known.
+    """
+    return area / baseline_top1 if baseline_top1 > 0 else None
+
+
 def contributions(top1: ArrayLike, asr: ArrayLike) -> NDArray[np.float64]:
     """Return for each point the area that only it dominates, shape [N]; 0 for points off the front and for doubles.
 

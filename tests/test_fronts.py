@@ -114,7 +114,18 @@ def test_summary_chooses_on_search_and_quotes_its_own_half() -> None:
     assert reported["baseline"] == {"zeroshot_top1": 0.58, "asr_top1": 0.98}
     # At most 1 point below 0.60 on search: (0.595, 0.50) and not (0.57, 0.10); 3 points: just (0.57, 0.10).
     chosen = {points: (p["trial_id"], p["epoch"]) for points, p in searched["best_asr_within"].items()}
-    assert chosen == {"1": ("t-b", 1), "3": ("t-a", 1), "5": ("t-a", 1)}
+    assert chosen == {
+        "0.5": ("t-b", 1),  # exactly half a point below
+        "1": ("t-b", 1),
+        "2": ("t-b", 1),
+        "3": ("t-a", 1),
+        "5": ("t-a", 1),
+        "10": ("t-a", 1),
+    }
+    assert searched["best_asr_within"]["3"]["share_lost"] == pytest.approx(0.03 / 0.60)
+    assert reported["best_asr_within"]["3"]["share_lost"] == pytest.approx(0.08 / 0.58)
+    assert searched["hypervolume_share"] == pytest.approx(searched["hypervolume"] / 0.60)
+    assert reported["hypervolume_share"] == pytest.approx(reported["hypervolume"] / 0.58)
     assert reported["best_asr_within"]["1"]["asr_top1"] == 0.55
     assert reported["best_asr_within"]["3"]["asr_top1"] == 0.20  # though (t-b, 2) has 0.01 there
     ceilings = {c: p and (p["trial_id"], p["epoch"]) for c, p in searched["best_top1_at_asr"].items()}
@@ -129,6 +140,46 @@ def test_objectives_have_fronts_of_their_own() -> None:
     rows = fronts.compute([*other, *_rows()], TRIALS)
     assert [row for row in rows if row["objective"] == "mmcl"] == fronts.compute(_rows(), TRIALS)
     assert {row["baseline_top1"] for row in rows if row["objective"] == "mmcl_ssl"} == {0.30, 0.29}
+
+
+def _two_methods() -> list[dict[str, Any]]:
+    methods = {"t-a": "cleanclip", "t-b": "par"}
+    return [{**row, "method": methods[row["trial_id"]]} for row in _rows()]
+
+
+def test_several_methods_also_have_a_front_of_all() -> None:
+    rows = fronts.compute(_two_methods(), TRIALS)
+    assert [*dict.fromkeys(row["method"] for row in rows)] == ["all", "cleanclip", "par"]
+    every = [row for row in rows if row["method"] == "all"]
+    assert [{**row, "method": "cleanclip"} for row in every] == fronts.compute(_rows(), TRIALS)
+    own = [row for row in rows if row["method"] == "par"]
+    assert _members(own, "any_epoch", "search") == [("t-b", 3), ("t-b", 2), ("t-b", 1), ("t-b", 0)]
+    assert {s["method"] for s in fronts.summarise(rows)} == {"all", "cleanclip", "par"}
+    # One method alone needs no second front of the same trials.
+    assert {row["method"] for row in fronts.compute(_rows(), TRIALS)} == {"cleanclip"}
+
+
+def test_points_without_training_compete_but_are_no_last_epoch() -> None:
+    mixed = [{**row, "trial_id": "t-a", "epoch": 3, "alpha": 0.5} for row in _rows() if row["epoch"] == 3]
+    rows = fronts.compute([*_rows(), *mixed], TRIALS)
+    # (t-a, 3) equals (t-b, 3), which is beaten; as the last epoch it would stand in for (t-a, 2).
+    assert _members(rows, "final", "search") == [("t-a", 2), ("t-b", 0)]
+    better = [{**row, "zeroshot_top1": 0.59, "asr_top1": 0.01} for row in mixed]
+    rows = fronts.compute([*_rows(), *better], TRIALS)
+    assert _members(rows, "any_epoch", "search") == [("t-a", 3), ("t-b", 1), ("t-b", 0)]
+
+
+def test_results_that_know_no_halves_are_chosen_and_quoted_on_all_images() -> None:
+    whole = [{**row, "split": "all"} for row in _rows() if row["split"] == "search"]
+    rows = fronts.compute(whole, TRIALS)
+    same = ("trial_id", "epoch", "kind", "zeroshot_top1", "asr_top1", "hv_contribution", "hypervolume")
+    expected = [row for row in fronts.compute(_rows(), TRIALS) if row["split"] == "search"]
+    assert [[row[name] for name in same] for row in rows] == [[row[name] for name in same] for row in expected]
+    assert {row["split"] for row in rows} == {"all"}
+    assert {row["checkpoint"] for row in rows} == {None}
+    (summary, final), halves = fronts.summarise(rows), fronts.summarise(expected)
+    assert (summary["kind"], final["kind"]) == ("any_epoch", "final")
+    assert summary["best_asr_within"]["3"]["asr_top1"] == halves[0]["best_asr_within"]["3"]["asr_top1"] == 0.10
 
 
 def test_nothing_in_nothing_out() -> None:

@@ -1,11 +1,8 @@
-"""Fronts and hypervolumes: their defining properties, an independent implementation, and the published sweep."""
+"""Fronts and hypervolumes: their defining properties, and an independent implementation."""
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
 from itertools import pairwise
-from pathlib import Path
 
 import moocore
 import numpy as np
@@ -14,8 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raybd import pareto
-
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "published" / "cc3m_sweep.csv"
 
 # Shares with few distinct values, so that ties abound, and with many.
 _coarse = st.integers(0, 6).map(lambda k: k / 6)
@@ -142,28 +137,9 @@ def test_best_epoch_alone_dominates_most(points: list[tuple[float, float]]) -> N
     assert areas[best] == pytest.approx(max(areas), abs=1e-12)
 
 
-# pretrain objective, cleaning loss: points on the front, hypervolume. From the README beside the table.
-_EXPECTED = {
-    ("mmcl", "mmcl"): (30, 0.1371),
-    ("mmcl", "ssl"): (36, 0.1521),
-    ("mmcl", "mmcl_ssl"): (23, 0.1742),
-    ("mmcl_ssl", "mmcl"): (30, 0.1557),
-    ("mmcl_ssl", "ssl"): (25, 0.1184),
-    ("mmcl_ssl", "mmcl_ssl"): (42, 0.1640),
-}
-
-
-@pytest.mark.parametrize("group", _EXPECTED, ids=lambda group: f"{group[0]}-cleaned-by-{group[1]}")
-def test_published_sweep(group: tuple[str, str]) -> None:
-    if not PUBLISHED.exists():
-        pytest.skip(f"the published sweep is not here: {PUBLISHED}")
-    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    with PUBLISHED.open(newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["pretrain_objective"], row["cleaning_loss"]
-            points[key].append((float(row["zeroshot_top1"]), float(row["asr_top1"])))
-    assert set(points) == set(_EXPECTED)
-    size, area = _EXPECTED[group]
-    columns = _columns(points[group])
-    assert len(pareto.front(*columns)) == size
-    assert round(pareto.hypervolume(*columns), 4) == area
+def test_share_of_the_rectangle() -> None:
+    # The poisoned model alone, at ASR 0.9, has a tenth; one that gains accuracy and loses the backdoor has more than 1.
+    assert pareto.hypervolume_share(pareto.hypervolume([0.5], [0.9]), 0.5) == pytest.approx(0.1)
+    assert pareto.hypervolume_share(pareto.hypervolume([0.5, 0.6], [0.9, 0.0]), 0.5) == pytest.approx(1.2)
+    assert pareto.hypervolume_share(0.3, 0.0) is None
+    assert pareto.hypervolume_share(0.3, float("nan")) is None
