@@ -1,0 +1,136 @@
+"""Everything that is measured of a run, or of several that differ by their seed. Pure functions of table rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from raybd import attainment, differences, fronts, measures
+from raybd.fronts import Key, Row
+
+# The columns of the `epochs` table that measures look at.
+_NAMES = ("study", "study_hash", "trial_id", "pretrain_id", "objective", "method", "epoch", "split")
+COLUMNS = frozenset((*_NAMES, "loss", "alpha", "zeroshot_top1", "asr_top1"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """The rows of a run that measures are made of.
+
+    Attributes:
+        name: how the run is called: its directory.
+        epochs, trials: rows of these tables.
+    """
+
+    name: str
+    epochs: Sequence[Row]
+    trials: Sequence[Row]
+
+    @cached_property
+    def fronts(self) -> list[dict[str, Any]]:
+        """Rows of the `fronts` table."""
+        return fronts.compute(self.epochs, self.trials)
+
+    @cached_property
+    def groups(self) -> dict[Key, list[Row]]:
+        """Rows of the `epochs` table by (objective, pretrain_id, method)."""
+        return fronts.groups(self.epochs)
+
+    @cached_property
+    def names(self) -> dict[tuple[str, str], str]:
+        """A name for each (objective, pretrain_id)."""
+        return fronts.objective_names({"objective": o, "pretrain_id": p} for o, p, _ in self.groups)
+
+    def front(self, key: Key) -> list[dict[str, Any]]:
+        """Return the rows of a group's front of all epochs, on each half."""
+        return [
+            row
+            for row in self.fronts
+            if (row["objective"], row["pretrain_id"], row["method"], row["kind"]) == (*key, "any_epoch")
+        ]
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """Return the measures of one run.
+
+    Returns: `fronts` (`fronts.summarise`), `instability` and `defender` (one entry for each group; `measures`), and
+        `batchnorm_refresh` (one entry for each poisoned model with such trials). Instability chooses nothing and is
+        measured on the half that is quoted.
+    """
+    found: dict[str, Any] = {
+        "run": run.name,
+        "fronts": fronts.summarise(run.fronts),
+        "instability": [],
+        "defender": [],
+        "batchnorm_refresh": [],
+    }
+    refreshed = set()
+    for key, rows in run.groups.items():
+        same = dict(zip(("objective", "pretrain_id", "method"), key, strict=True))
+        quoted = fronts.halves(rows)[-1]
+        steady = measures.instability(row for row in rows if row["split"] == quoted)
+        if steady:
+            found["instability"].append({**same, "split": quoted, **steady})
+            choices = measures.defenders_choice(rows, run.trials, run.front(key))
+            found["defender"].append({**same, "choices": choices})
+        # The group of all methods comes first: a refresh is compared with the front that is the hardest to beat.
+        points = measures.refresh_baseline(rows, run.front(key)) if key[:2] not in refreshed else []
+        if points:
+            refreshed.add(key[:2])
+            before = {
+                split: dict(zip(("zeroshot_top1", "asr_top1"), fronts.baseline(rows, split), strict=True))
+                for split in fronts.halves(rows)
+            }
+            found["batchnorm_refresh"].append({**same, "baseline": before, "points": points})
+    return found
+
+
+def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, Any]]:
+    """Return the differences between pretrain objectives, by cleaning method; see `differences.compare`.
+
+    Args:
+        runs: one run, or several that differ by their seed. An objective counts if every run has it.
+        bootstrap: arguments of `differences.compare`.
+    """
+    pools: dict[str, dict[str, list[differences.Pool]]] = {}
+    for run in runs:
+        for (objective, pretrain_id, method), rows in run.groups.items():
+            found = differences.pool(rows, run.trials)
+            if found:
+                pools.setdefault(method, {}).setdefault(run.names[objective, pretrain_id], []).append(found)
+    compared = []
+    for method, by_name in pools.items():
+        whole = {name: found for name, found in sorted(by_name.items()) if len(found) == len(runs)}
+        compared += [{"method": method, **entry} for entry in differences.compare(whole, **bootstrap)]
+    return compared
+
+
+def across_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the attainment surfaces over several runs, by objective and method; see `attainment.surfaces`.
+
+    Each run gives its front of all epochs, as scored on the half that is quoted.
+    """
+    if len(runs) < 2:
+        return []
+    found: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
+    for run in runs:
+        for key, rows in run.groups.items():
+            members = [row for row in run.front(key) if row["split"] == fronts.halves(rows)[-1]]
+            points = [row["zeroshot_top1"] for row in members], [row["asr_top1"] for row in members]
+            found.setdefault((run.names[key[:2]], key[2]), []).append(points)
+    return [
+        {"objective": name, "method": method, "runs": len(runs), "levels": attainment.surfaces(points)}
+        for (name, method), points in found.items()
+        if len(points) == len(runs)
+    ]
+
+
+def analyse(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return every measure of these runs: each run's own, differences between objectives, attainment over runs."""
+    return {
+        "runs": [of_run(run) for run in runs],
+        "differences": between_objectives(runs),
+        "attainment": across_runs(runs),
+    }

@@ -1,0 +1,194 @@
+"""Differences between objectives: against the fronts themselves, a slow bootstrap, and cases with a known answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raybd import analysis, differences, fronts
+
+unhurried = settings(deadline=None, max_examples=40)
+_share = st.one_of(st.integers(1, 6).map(lambda k: k / 6), st.integers(1, 5000).map(lambda k: k / 5000))
+_point = st.tuples(_share, _share, _share, _share)  # accuracy and ASR on search, then on report
+_courses = st.lists(st.lists(_point, min_size=1, max_size=5), min_size=1, max_size=5)
+BASE = (0.6, 0.99, 0.58, 0.98)
+
+
+def _rows(courses: list[list[Any]], *, objective: str = "mmcl", base: Any = BASE) -> list[dict[str, Any]]:
+    known = {"study": "s", "study_hash": "h", "pretrain_id": f"{objective}-1", "method": "cleanclip"}
+    return [
+        {
+            **known,
+            "objective": objective,
+            "trial_id": f"{objective}-{t:04d}",
+            "epoch": epoch,
+            "split": split,
+            "zeroshot_top1": point[2 * half],
+            "asr_top1": point[2 * half + 1],
+        }
+        for t, course in enumerate(courses)
+        for epoch, point in enumerate([base, *course])
+        for half, split in enumerate(("search", "report"))
+    ]
+
+
+def _trials(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"trial_id": n, "number": i} for i, n in enumerate(sorted({row["trial_id"] for row in rows}))]
+
+
+def _slow(rows: list[dict[str, Any]], trials: list[dict[str, Any]]) -> list[float]:
+    """The measures through the fronts of these trials."""
+    summaries = fronts.summarise(fronts.compute(rows, trials))
+    found = next(s for s in summaries if (s["kind"], s["split"]) == ("any_epoch", "report"))
+    top1, asr = found["best_top1_at_asr"]["0.05"], found["best_asr_within"]["1"]
+    return [
+        found["hypervolume_share"],
+        top1["zeroshot_top1"] if top1 else np.nan,
+        asr["asr_top1"] if asr else np.nan,
+    ]
+
+
+@unhurried
+@given(_courses, st.data())
+def test_values_of_any_selection_are_those_of_its_fronts(courses: list[Any], data: st.DataObject) -> None:
+    rows = _rows(courses)
+    trials = _trials(rows)
+    pool = differences.pool(rows, trials)
+    assert pool is not None
+    assert pool.num_trials == len(courses)
+    chosen = data.draw(st.lists(st.booleans(), min_size=len(courses), max_size=len(courses)).filter(any))
+    everything = [True] * len(courses)
+    values = pool.values(np.array([everything, chosen]))
+    assert values[0] == pytest.approx(_slow(rows, trials), abs=1e-12, nan_ok=True)
+    names = {trial["trial_id"] for trial, kept in zip(trials, chosen, strict=True) if kept}
+    some = [row for row in rows if row["trial_id"] in names]
+    assert values[1] == pytest.approx(_slow(some, trials), abs=1e-12, nan_ok=True)
+
+
+GOOD = [[(0.58, 0.04, 0.57, 0.05)], [(0.595, 0.30, 0.58, 0.31)], [(0.50, 0.01, 0.49, 0.02)]]
+POOR = [[(0.45, 0.04, 0.44, 0.05)], [(0.595, 0.80, 0.58, 0.81)], [(0.30, 0.01, 0.29, 0.02)]]
+
+
+def _pool(courses: list[Any], **given: Any) -> differences.Pool:
+    rows = _rows(courses, **given)
+    found = differences.pool(rows, _trials(rows))
+    assert found is not None
+    return found
+
+
+def test_difference_by_hand() -> None:
+    found = differences.compare({"mmcl": [_pool(GOOD)], "mmcl_ssl": [_pool(POOR, objective="mmcl_ssl")]})
+    by_measure = {entry["measure"]: entry for entry in found}
+    assert list(by_measure) == ["hypervolume_share", "best_top1_at_asr_0.05", "best_asr_within_1"]
+    best = by_measure["best_top1_at_asr_0.05"]
+    assert (best["first"], best["second"]) == ("mmcl", "mmcl_ssl")
+    assert (best["first_value"], best["second_value"]) == (0.57, 0.44)
+    assert best["difference"] == pytest.approx(0.13)
+    assert by_measure["best_asr_within_1"]["difference"] == pytest.approx(0.31 - 0.81)
+    assert best["trials"] == [3, 3]
+    assert best["runs"] == 1
+
+
+def test_interval_is_that_of_a_slow_bootstrap() -> None:
+    """The same quantiles as resampling rows and making fronts anew, up to the noise of resampling."""
+    rows = {"mmcl": _rows(GOOD), "mmcl_ssl": _rows(POOR, objective="mmcl_ssl")}
+    pools = {name: [_pool(courses, objective=name)] for name, courses in (("mmcl", GOOD), ("mmcl_ssl", POOR))}
+    generator, slow = np.random.default_rng(5), []
+    for _ in range(400):
+        values = []
+        for name, own in rows.items():
+            drawn = {f"{name}-{t:04d}" for t in generator.integers(0, 3, size=3)}
+            values.append(_slow([row for row in own if row["trial_id"] in drawn], _trials(own))[0])
+        slow.append(values[0] - values[1])
+    (share, *_) = differences.compare(pools, resamples=4000, level=0.8)
+    low, high = np.quantile(slow, [0.1, 0.9])
+    assert share["low"] == pytest.approx(low, abs=0.03)
+    assert share["high"] == pytest.approx(high, abs=0.03)
+    assert share["low"] < share["high"]
+
+
+def test_trials_that_are_all_alike_leave_no_doubt() -> None:
+    """Ten equal trials: every resample is the whole, so the interval is a point."""
+    pools = {"a": [_pool(GOOD[:1] * 10)], "b": [_pool(POOR[:1] * 10)]}
+    for entry in differences.compare(pools):
+        if entry["difference"] is not None:
+            assert entry["low"] == pytest.approx(entry["difference"])
+            assert entry["high"] == pytest.approx(entry["difference"])
+
+
+def test_seeds_are_resampled_together() -> None:
+    """Where both objectives move alike from seed to seed, their difference is sure, however far the seeds are apart."""
+    bases = [(0.6, 0.99, 0.6, 0.99), (0.3, 0.99, 0.3, 0.99), (0.8, 0.99, 0.8, 0.99)]
+
+    def alike(base: Any, lost: float) -> list[Any]:
+        return [[(base[0] - lost, 0.04, base[2] - lost, 0.04)]] * 4
+
+    pools = {
+        "a": [_pool(alike(base, 0.1), base=base) for base in bases],
+        "b": [_pool(alike(base, 0.2), base=base) for base in bases],
+    }
+    best = differences.compare(pools)[1]
+    assert best["runs"] == 3
+    assert best["first_value"] == pytest.approx((0.5 + 0.2 + 0.7) / 3)
+    assert best["low"] == pytest.approx(0.1)
+    assert best["high"] == pytest.approx(0.1)
+    # With the seeds of one turned around, the pairs no longer cancel.
+    turned = differences.compare({"a": pools["a"], "b": pools["b"][::-1]})[1]
+    assert turned["difference"] == pytest.approx(0.1)
+    assert turned["high"] - turned["low"] > 0.1
+
+
+def test_same_seed_same_interval() -> None:
+    pools = {"a": [_pool(GOOD)], "b": [_pool(POOR)]}
+    assert differences.compare(pools) == differences.compare(pools)
+    one, other = differences.compare(pools, resamples=20, seed=1), differences.compare(pools, resamples=20, seed=2)
+    assert one != other
+
+
+def test_resamples_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = {"a": [_pool(GOOD)], "b": [_pool(POOR)]}
+    whole = differences.compare(pools)
+    monkeypatch.setattr(differences, "_BLOCK", 7)
+    assert differences.compare(pools) == whole
+
+
+def test_no_point_that_qualifies_is_no_number() -> None:
+    high = [[(0.59, 0.5, 0.58, 0.5)]]
+    found = differences.compare({"a": [_pool(high)], "b": [_pool(GOOD)]})[1]
+    assert (found["first_value"], found["difference"], found["low"], found["resamples"]) == (None, None, None, 0)
+
+
+def test_one_objective_has_nothing_to_differ_from() -> None:
+    assert differences.compare({"a": [_pool(GOOD)]}) == []
+    assert differences.pool(_rows([[]]), []) is None
+
+
+def test_differences_and_attainment_of_several_runs() -> None:
+    def run(name: str, good: list[Any]) -> analysis.Run:
+        rows = [*_rows(good), *_rows(POOR, objective="mmcl_ssl")]
+        return analysis.Run(name, rows, _trials(rows))
+
+    one = [run("a", GOOD)]
+    assert analysis.analyse(one)["attainment"] == []
+    assert [entry["runs"] for entry in analysis.analyse(one)["differences"]] == [1, 1, 1]
+    found = analysis.analyse([*one, run("b", POOR), run("c", GOOD)])
+    assert [entry["run"] for entry in found["runs"]] == ["a", "b", "c"]
+    assert [entry["runs"] for entry in found["differences"]] == [3, 3, 3]
+    assert [(entry["objective"], entry["method"]) for entry in found["attainment"]] == [
+        ("mmcl", "cleanclip"),
+        ("mmcl_ssl", "cleanclip"),
+    ]
+    levels = found["attainment"][0]["levels"]
+    # Two of three runs have the good front, as scored on the report half.
+    assert levels["best"]["points"] == levels["median"]["points"]
+    assert levels["median"]["points"] == [[0.49, 0.02], [0.57, 0.05], [0.58, 0.31]]
+    assert levels["worst"]["hypervolume"] < levels["median"]["hypervolume"]
+    # An objective that one run lacks is not compared.
+    alone = analysis.Run("d", _rows(GOOD), _trials(_rows(GOOD)))
+    found = analysis.analyse([*one, alone])
+    assert found["differences"] == []
+    assert [entry["objective"] for entry in found["attainment"]] == ["mmcl"]
