@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raybd.errors import RaybdError, StudyError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from raybd import analysis
 
 FAILED_TRIALS, INTERRUPTED = 4, 130
 
@@ -82,34 +88,41 @@ def _carry_out(
         command = shlex.join(["raybd", *sys.argv[1:]])
         view.line(f"\ninterrupted; what is done is kept. To go on:\n  {command}")
         raise typer.Exit(INTERRUPTED) from None
-    rows, trials = _fronts(where)
-    _print_fronts(rows, trials, kind=FrontKind.ANY_EPOCH)
+    _print_fronts(_read_run(where), kind=FrontKind.ANY_EPOCH)
     view.line(f"report: {outcome.report}")
-    view.line(f"fronts again, as JSON: raybd pareto {where} -f json")
+    view.line(f"fronts again, with all other measures: raybd pareto {where}")
     if outcome.failed:
         view.warn(f"{outcome.failed} trials failed; the report says why")
         raise typer.Exit(FAILED_TRIALS)
 
 
-def _fronts(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of a run's fronts and of its trials, from the tables."""
-    from raybd import fronts, tables
+def _read_run(run: str) -> analysis.Run:
+    """Return the rows of a run that measures are made of, from the tables."""
+    from raybd import analysis, tables
     from raybd.store import Store
 
     store = Store(run)
     # Timestamps as Python objects would load pandas, which takes as long as all the rest.
-    trials = tables.read(store, "trials").drop_columns(["started", "ended"]).to_pylist()
-    return fronts.compute(tables.read(store, "epochs").to_pylist(), trials), trials
+    trials = tables.read(store, "trials").drop_columns(["started", "ended"])
+    epochs = tables.read(store, "epochs")
+    used = [name for name in epochs.schema.names if name in analysis.COLUMNS]
+    return analysis.Run(run, epochs.select(used).to_pylist(), trials.to_pylist())
 
 
-def _print_fronts(rows: list[dict[str, Any]], trials: list[dict[str, Any]], *, kind: FrontKind) -> None:
+def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
+    from raybd import fronts
+    from raybd.report import text
+
+    summaries = fronts.summarise(run.fronts)
+    methods = text.method_table(summaries, kind=kind)
+    _print_tables([*([methods] if methods else []), *text.front_tables(summaries, run.trials, kind=kind)])
+
+
+def _print_tables(tables: Iterable[Table]) -> None:
     from rich.console import Console
 
-    from raybd import fronts
-    from raybd.report.text import front_tables
-
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-    for table in front_tables(fronts.summarise(rows), trials, kind=kind):
+    for table in tables:
         console.print(table)
 
 
@@ -182,25 +195,36 @@ def validate(study: StudyArgument, set_: SetOption = None) -> None:
 
 @app.command()
 def pareto(
-    run: RunArgument,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="run directory; several are seeds of one study")],
     format_: FormatOption = Format.TABLE,
     kind: Annotated[FrontKind, typer.Option(help="for tables: which epochs compete")] = FrontKind.ANY_EPOCH,
 ) -> None:
-    """Print fronts, hypervolumes and the best ASR within 1, 3 and 5 points of accuracy."""
-    from raybd import fronts
-    from raybd.report import text
+    """Print fronts and what they are worth, stability, blind choices, and how pretrain objectives differ."""
+    from raybd import analysis
+    from raybd.report import measure_tables, text
     from raybd.store import Store
 
-    _require_run(Store(run))
-    rows, trials = _fronts(run)
-    if not rows:
-        raise RaybdError("no trial has ended yet", where=run, fix="let `raybd run` go on")
+    if len(set(runs)) < len(runs):
+        raise RaybdError("a run is given twice", where=" ".join(runs), fix="give each run once")
+    for name in runs:
+        _require_run(Store(name))
+    read = [_read_run(name) for name in runs]
+    for run in read:
+        if not run.fronts:
+            raise RaybdError("no trial has ended yet", where=run.name, fix="let `raybd run` go on")
+    if format_ is Format.CSV:
+        typer.echo(text.as_csv({run.name: run.fronts for run in read}), nl=False)
+        return
+    found = analysis.analyse(read)
     if format_ is Format.JSON:
-        typer.echo(text.as_json(fronts.summarise(rows)))
-    elif format_ is Format.CSV:
-        typer.echo(text.as_csv(rows), nl=False)
-    else:
-        _print_fronts(rows, trials, kind=kind)
+        typer.echo(text.as_json(found))
+        return
+    for run, measured in zip(read, found["runs"], strict=True):
+        if len(read) > 1:
+            typer.echo(f"run {run.name}\n")
+        _print_fronts(run, kind=kind)
+        _print_tables(measure_tables.run_tables(measured, run.trials))
+    _print_tables(measure_tables.between_tables(found))
 
 
 @app.command()

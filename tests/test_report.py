@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from raybd import fronts, metrics, tables
-from raybd.errors import DataError
+from raybd.cli import app
+from raybd.errors import DataError, RaybdError
 from raybd.report import figures, html, text, words
 from raybd.store import Store
 
@@ -356,7 +358,8 @@ def test_terminal_tables_fit_and_have_the_numbers() -> None:
             for point in summary["front"]:
                 assert f"{100 * point['zeroshot_top1']:.2f}" in shown
     assert re.search(r"\b2\s+3 of 3\s+1\.6e-4\s+1 / 2", shown)
-    assert re.search(r"within 1 point: ASR [\d.]+ at [\d.]+ % \(trial \d, epoch \d\)", shown)
+    assert re.search(r"ASR at ≤ 1 point lost +\d +\d( +\d+\.\d\d){4} +-?\d+\.\d", shown)
+    assert "accuracy at ASR ≤ 10 %" in shown
 
 
 def test_json_and_csv_have_fractions() -> None:
@@ -365,9 +368,61 @@ def test_json_and_csv_have_fractions() -> None:
     assert json.loads(text.as_json(summaries)) == summaries
     summaries[0]["baseline"]["asr_top1"] = float("nan")
     assert json.loads(text.as_json(summaries))[0]["baseline"]["asr_top1"] is None
-    read = list(csv.DictReader(io.StringIO(text.as_csv(rows))))
-    assert list(read[0]) == tables.SCHEMAS["fronts"].names
+    read = list(csv.DictReader(io.StringIO(text.as_csv({"runs/a": rows, "runs/b": rows}))))
+    assert [row["run"] for row in read] == ["runs/a"] * len(rows) + ["runs/b"] * len(rows)
+    read = read[: len(rows)]
+    assert list(read[0])[1:] == tables.SCHEMAS["fronts"].names
     assert [float(row["asr_top1"]) for row in read] == [row["asr_top1"] for row in rows]
+
+
+def _pareto(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["pareto", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_pareto_prints_every_measure_in_100_columns(run: Store) -> None:
+    shown = _pareto(run.root)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    for title in ("instability over epochs", "does not know the trigger", "differences between pretrain objectives"):
+        assert shown.count(title) == 1
+    assert "attainment" not in shown
+    assert "BatchNorm" not in shown
+    found = json.loads(_pareto(run.root, "-f", "json"))
+    assert set(found) == {"runs", "differences", "attainment"}
+    assert set(found["runs"][0]) == {"run", "fronts", "instability", "defender", "batchnorm_refresh"}
+    for entry in found["differences"]:
+        assert f"{100 * entry['difference']:.2f}" in shown
+    for entry in found["runs"][0]["instability"]:
+        assert f"{100 * entry['rebound']:.1f}" in shown
+
+
+def test_pareto_of_several_runs_and_methods(tmp_path: Path) -> None:
+    methods = {0: "cleanclip", 1: "par", 2: "batchnorm_refresh"}
+    for name in ("a", "b"):
+        store = Store(str(tmp_path / name))
+        epochs = [{**row, "method": methods[int(row["trial_id"][-1])]} for row in _epoch_rows()]
+        trials = [{**row, "method": methods[row["number"]]} for row in _trial_rows() if row["number"] < 3]
+        tables.write(store, "epochs", "e", epochs)
+        tables.write(store, "trials", "t", trials)
+        store.put("study.json", b"{}")
+    shown = _pareto(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert shown.count("cleaning methods: chosen on the search half") == 2
+    assert shown.count("mmcl_ssl cleaned by any method: front of all epochs") == 2
+    assert "cleaned by par" not in shown  # one table for each model; each method has a row
+    assert shown.count("baseline: BatchNorm statistics refreshed") == 2
+    assert "attainment over 2 runs" in shown
+    assert re.search(r"trial +method +epoch", shown)
+    assert "2 runs and their trials drawn anew" in shown
+    rows = list(csv.DictReader(io.StringIO(_pareto(str(tmp_path / "a"), str(tmp_path / "b"), "-f", "csv"))))
+    assert {row["run"] for row in rows} == {str(tmp_path / "a"), str(tmp_path / "b")}
+    assert {row["method"] for row in rows} == {"all", *methods.values()}
+    done = CliRunner().invoke(app, ["pareto", str(tmp_path / "a"), str(tmp_path / "a")])
+    assert isinstance(done.exception, RaybdError)
+    assert "given twice" in str(done.exception)
 
 
 @pytest.mark.parametrize(

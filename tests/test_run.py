@@ -140,14 +140,18 @@ def test_pareto_prints_json_of_the_run(finished: tuple[Store, str]) -> None:
     store, _ = finished
     command = [sys.executable, "-m", "raybd", "pareto", store.root, "-f", "json"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    summaries = json.loads(printed)
+    measured = json.loads(printed)
+    assert measured["runs"][0]["run"] == store.root
+    summaries = measured["runs"][0]["fronts"]
     assert {(s["objective"], s["kind"], s["split"]) for s in summaries} == {
         (objective, kind, split)
         for objective in ("mmcl", "mmcl_ssl")
         for kind in ("any_epoch", "final")
         for split in ("search", "report")
     }
-    assert all(set(s["best_asr_within"]) == {"1", "3", "5"} for s in summaries)
+    assert all(set(s["best_asr_within"]) == {"0.5", "1", "2", "3", "5", "10"} for s in summaries)
+    assert {entry["objective"] for entry in measured["runs"][0]["instability"]} == {"mmcl", "mmcl_ssl"}
+    assert len(measured["differences"]) == 3
 
 
 def test_a_second_call_does_nothing_twice(finished: tuple[Store, str]) -> None:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from raybd import pareto
-from raybd.report.words import objective_names
+from raybd.report.words import IMAGES, objective_names, shown_fronts
 
 Row = Mapping[str, Any]
 Rows: TypeAlias = pa.Table | Iterable[Row]
@@ -130,10 +130,10 @@ def front_figure(epochs: Rows, fronts: Rows, *, split: str = "report") -> Figure
     Args:
         epochs: rows of the `epochs` table.
         fronts: rows of the `fronts` table.
-        split: the half to show: `search` or `report`.
+        split: the images to show: `search`, `report` or `all`.
     """
     points = _by_objective(row for row in rows_of(epochs) if row["split"] == split)
-    members = _by_objective(row for row in rows_of(fronts) if row["split"] == split)
+    members = _by_objective(row for row in shown_fronts(rows_of(fronts)) if row["split"] == split)
     names = objective_names(row for rows in points.values() for row in rows)
     if not names:
         return _empty("no cleaning trial has reported yet")
@@ -148,7 +148,7 @@ def front_figure(epochs: Rows, fronts: Rows, *, split: str = "report") -> Figure
         for axis, (key, name) in zip(axes.flat, names.items(), strict=False):
             _front_panel(axis, points[key], members.get(key, []))
             below = sum(100 * row["zeroshot_top1"] < bottom for row in points[key])
-            axis.set_title(f"{name}: {split} half" + (f" (points below: {below})" if below else ""), loc="left")
+            axis.set_title(f"{name}: {IMAGES[split]}" + (f" (points below: {below})" if below else ""), loc="left")
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
@@ -240,7 +240,7 @@ def trajectory_figure(epochs: Rows, trials: Rows, *, split: str = "report") -> F
     Args:
         epochs: rows of the `epochs` table.
         trials: rows of the `trials` table, for the learning rates; a trial without one is drawn grey.
-        split: the half to show.
+        split: the images to show.
     """
     points = _by_objective(row for row in rows_of(epochs) if row["split"] == split)
     names = objective_names(row for rows in points.values() for row in rows)
@@ -254,7 +254,7 @@ def trajectory_figure(epochs: Rows, trials: Rows, *, split: str = "report") -> F
         for k, (key, name) in enumerate(names.items()):
             for axis, measure in ((axes[0, k], "zeroshot_top1"), (axes[1, k], "asr_top1")):
                 _trajectories(axis, points[key], measure, lr_of, norm, colours)
-            axes[0, k].set_title(f"{name}: {split} half", loc="left")
+            axes[0, k].set_title(f"{name}: {IMAGES[split]}", loc="left")
             axes[1, k].set_xlabel("epoch of cleaning (0 = before)")
         axes[0, 0].set_ylabel("accuracy\n(% of clean images)")
         axes[1, 0].set_ylabel("attack success rate\n(% of triggered images)")

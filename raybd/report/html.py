@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ from markupsafe import Markup
 from raybd import fronts as front_maths
 from raybd import pareto, tables
 from raybd.errors import DataError
+from raybd.fronts import ALL_METHODS
 from raybd.metrics import ALIKE, STRONG, wilson
 from raybd.report import figures, words
 from raybd.report.words import Front, Row
@@ -58,6 +60,7 @@ def build(store: Store) -> bytes:
         created=_moment(record.get("created", "")),
         location=_location(store),
         attack=_attack(record["study"], found["poison_plan"], store),
+        images=words.IMAGES,
         poisoned=_poisoned_models(found["pretrain_epochs"]),
         warnings=_warnings(found["pretrain_epochs"]),
         cleaned=_cleaned(found),
@@ -121,7 +124,7 @@ def _attack(study: Row, plan: Sequence[Row], store: Store) -> dict[str, Any]:
     preview = store.get("preview.png") if store.exists("preview.png") else b""
     is_png = preview.startswith(b"\x89PNG\r\n\x1a\n")
     return {
-        "target_class": poison.get("target_class") or (plan[0]["target_class"] if plan else "–"),
+        "target_class": poison.get("target_class") or (plan[0]["target_class"] if plan else ""),
         "trigger": dict(_flat(poison.get("trigger", {}))),
         "planned": len(plan),
         "rate": poison.get("poison_rate"),
@@ -176,14 +179,18 @@ def _cleaned(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[Front]] = defaultdict(list)
     for front in words.pair(front_maths.summarise(found["fronts"])):
         groups[front.name, front.method].append(front)
+    shown = {(front.name, front.method) for kinds in groups.values() for front in words.shown_fronts(kinds)}
     return [
         {
             "name": name,
-            "method": method,
-            "baseline": {split: getattr(kinds[0], split)["baseline"] for split in words.SPLITS},
+            "title": kinds[0].title,
+            "splits": tuple(reversed(kinds[0].splits)),
+            "chosen": words.quoted_on(kinds[0].splits),
+            "baseline": {split: kinds[0].half(split)["baseline"] for split in kinds[0].splits},
             "fronts": [_front(front, trials, measured) for front in kinds],
         }
         for (name, method), kinds in groups.items()
+        if (name, method) in shown
     ]
 
 
@@ -193,22 +200,33 @@ def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row])
             return None
         trial_id, epoch = searched["trial_id"], searched["epoch"]
         trial = trials.get(trial_id)
-        halves = {split: measured[trial_id, epoch, split] for split in words.SPLITS}
+        halves = {split: measured[trial_id, epoch, split] for split in front.splits}
+        settings = words.settings(trial)
+        if front.method == ALL_METHODS and trial and "method" not in json.loads(trial["params_json"] or "{}"):
+            settings = f"{trial['method']}, {settings}"
         return {
             "trial": "–" if epoch == 0 else str(trial["number"]) if trial else trial_id,
             "epoch": epoch,
-            "settings": "poisoned model, not cleaned" if epoch == 0 else words.settings(trial),
-            "checkpoint": searched["checkpoint"],
+            "settings": "poisoned model, not cleaned" if epoch == 0 else settings,
+            "checkpoint": searched["checkpoint"] or "",
             "halves": {split: [_rate(row, *columns) for columns in _RATES[:2]] for split, row in halves.items()},
         }
 
-    within = [(f"lowest ASR, at most {n} point{'s' * (n != '1')} of accuracy lost", p) for n, p, _ in front.within()]
-    under = [(f"highest accuracy at ASR ≤ {100 * float(c):g} %", p) for c, p, _ in front.under()]
+    chosen = front.chosen()
     return {
         "kind": front.kind,
         "meaning": _KINDS.get(front.kind, ""),
-        "hypervolume": {split: f"{getattr(front, split)['hypervolume']:.4f}" for split in words.SPLITS},
-        "chosen": [{"rule": rule, "point": point(searched)} for rule, searched in within + under],
+        "hypervolume": [f"{front.half(s)['hypervolume']:.4f} on {words.IMAGES[s]}" for s in reversed(front.splits)],
+        "share": words.percent(front.report["hypervolume_share"], digits=1),
+        "chosen": [
+            {
+                "rule": rule,
+                "point": point(searched),
+                "lost": words.percent(quoted["share_lost"] if quoted else None, digits=1),
+            }
+            for rule, searched, quoted in chosen
+        ],
+        "best": point(front.search["best_asr_within"]["1"]),
         "points": [
             {**(point(searched) or {}), "contribution": f"{searched['hv_contribution']:.4f}"}
             for searched, _ in front.points()
@@ -220,9 +238,10 @@ def _pictures(found: Mapping[str, list[Row]]) -> dict[str, Markup]:
     """Return the figures as SVG elements; those without data are left out."""
     drawn = {}
     if found["epochs"]:
-        for split in ("report", "search"):
+        splits = front_maths.halves(found["epochs"])
+        for split in reversed(splits):
             drawn[f"front-{split}"] = figures.front_figure(found["epochs"], found["fronts"], split=split)
-        drawn["trajectories"] = figures.trajectory_figure(found["epochs"], found["trials"], split="report")
+        drawn["trajectories"] = figures.trajectory_figure(found["epochs"], found["trials"], split=splits[-1])
     if found["pretrain_epochs"]:
         drawn["pretraining"] = figures.pretrain_figure(found["pretrain_epochs"])
     # Our own drawing, its texts turned to outlines: nothing in it can be markup from elsewhere.
@@ -233,7 +252,11 @@ def _pictures(found: Mapping[str, list[Row]]) -> dict[str, Markup]:
 
 
 def _by_number(trials: Iterable[Row]) -> list[Row]:
-    return sorted(trials, key=lambda row: (row["objective"], row["pretrain_id"], row["number"], row["trial_id"]))
+    def place(row: Row) -> tuple[Any, ...]:
+        number = row["number"]
+        return row["objective"], row["pretrain_id"], math.inf if number is None else number, row["trial_id"]
+
+    return sorted(trials, key=place)
 
 
 def _went_wrong(trial: Row) -> bool:
@@ -242,12 +265,13 @@ def _went_wrong(trial: Row) -> bool:
 
 def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
     names = words.objective_names(found["trials"])
+    splits = front_maths.halves(found["epochs"])
     searched: dict[str, list[Row]] = defaultdict(list)
     reported = {}
     for row in sorted(found["epochs"], key=lambda row: row["epoch"]):
-        if row["split"] == "search" and row["epoch"] > 0:
+        if row["split"] == splits[0] and row["epoch"] > 0:
             searched[row["trial_id"]].append(row)
-        elif row["split"] == "report":
+        if row["split"] == splits[-1]:
             reported[row["trial_id"], row["epoch"]] = row
     listed = []
     for row in _by_number(found["trials"]):
@@ -256,7 +280,8 @@ def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
             index = pareto.largest_area([e["zeroshot_top1"] for e in epochs], [e["asr_top1"] for e in epochs])
             best = reported.get((row["trial_id"], epochs[index]["epoch"]))
         name = names[row["objective"], row["pretrain_id"]]
-        listed.append({"name": name, "row": row, "settings": words.settings(row), "best": best})
+        number = "–" if row["number"] is None else row["number"]
+        listed.append({"name": name, "row": row, "number": number, "settings": words.settings(row), "best": best})
     return listed
 
 

@@ -14,12 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from raybd import tables
+from raybd.fronts import ALL_METHODS
 from raybd.report import words
 from raybd.report.words import Front, Row
 
 
 def front_tables(summaries: Iterable[Row], trials: Iterable[Row] = (), *, kind: str = "any_epoch") -> list[Table]:
-    """Return one table for each pretrain objective, pretraining and method, with search and report side by side.
+    """Return two tables for each pretrain objective and pretraining: the front, and the points that rules choose.
+
+    Where a model was cleaned by several methods, the front is the one over all of them, with each point's method.
 
     Args:
         summaries: what `fronts.summarise` gives.
@@ -27,68 +30,122 @@ def front_tables(summaries: Iterable[Row], trials: Iterable[Row] = (), *, kind: 
         kind: `any_epoch` or `final`.
     """
     by_id = {row["trial_id"]: row for row in trials}
-    return [_front_table(front, by_id) for front in words.pair(summaries) if front.kind == kind]
+    found = []
+    for front in words.shown_fronts(words.pair(summaries)):
+        if front.kind == kind:
+            found += [_front_table(front, by_id), _choices_table(front, by_id)]
+    return found
 
 
-def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
-    table = Table(
-        title=Text(f"{front.name} cleaned by {front.method}: front of {_KIND[front.kind]}"),
+def method_table(summaries: Iterable[Row], *, kind: str = "any_epoch") -> Table | None:
+    """Return one row for each cleaning method of each poisoned model; None if none has several methods."""
+    fronts = [front for front in words.pair(summaries) if front.kind == kind]
+    if not any(front.method == ALL_METHODS for front in fronts):
+        return None
+    table = table_of(f"cleaning methods: {words.quoted_on(fronts[0].splits)}")
+    for name in ("\npoisoned model", "\nmethod"):
+        table.add_column(name, no_wrap=True)
+    for name in ("hyper-\nvolume", "share\n%", "ASR % at\n≤ 1 point", "acc. % at\nASR ≤ 5 %", "accuracy\nlost %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for front in fronts:
+        own, lost = front.report, front.report["best_top1_at_asr"]["0.05"]
+        within = own["best_asr_within"]["1"]
+        table.add_row(
+            front.name,
+            words.method_name(front.method),
+            f"{own['hypervolume']:.4f}",
+            words.percent(own["hypervolume_share"], digits=1),
+            words.percent(within and within["asr_top1"]),
+            words.percent(lost and lost["zeroshot_top1"]),
+            words.percent(lost and lost["share_lost"], digits=1),
+            style="bold" if front.method == ALL_METHODS else None,
+        )
+    return table
+
+
+def table_of(title: str, caption: str = "") -> Table:
+    """Return an empty table in the style of all."""
+    return Table(
+        title=Text(title),
         title_justify="left",
-        caption=_caption(front, trials),
+        caption=Text(caption + "\n") if caption else None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    for name in ("\ntrial", "\nepoch", "\nlr", "mmcl/ssl\nweights", "search\nacc %", "half\nASR %"):
+
+
+def add_score_columns(table: Table, splits: Iterable[str]) -> None:
+    """Add accuracy and ASR for each half; the one that is quoted is bold."""
+    splits = tuple(splits)
+    for split in splits:
+        first, second = words.IMAGES[split].split()
+        for name in (f"{first}\nacc %", f"{second}\nASR %"):
+            table.add_column(name, justify="right", no_wrap=True, style="bold" if split == splits[-1] else None)
+
+
+def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
+    shares = [f"{front.half(s)['hypervolume']:.4f} on {words.IMAGES[s]}" for s in front.splits]
+    parts = f"{words.percent(front.report['hypervolume_share'], digits=1)} % of the poisoned model's rectangle"
+    caption = f"hypervolume: {', '.join(shares)}; {parts}"
+    table = table_of(f"{front.title}: front of {_KIND[front.kind]}", caption)
+    table.add_column("\ntrial", justify="right", no_wrap=True)
+    if front.method == ALL_METHODS:
+        table.add_column("\nmethod", no_wrap=True)
+    for name in ("\nepoch", "\nlr", "mmcl/ssl\nweights"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("report\nacc %", "half\nASR %"):
-        table.add_column(name, justify="right", no_wrap=True, style="bold")
-    baseline = _scores(front.search["baseline"], front.report["baseline"])
-    table.add_row("poisoned", "", "", "", *baseline, style="red", end_section=True)
+    add_score_columns(table, front.splits)
+    blank = [""] * (4 if front.method == ALL_METHODS else 3)
+    baseline = _scores(front, front.search["baseline"], front.report["baseline"])
+    table.add_row("poisoned", *blank, *baseline, style="red", end_section=True)
     for searched, reported in front.points():
         trial = trials.get(searched["trial_id"])
-        scores = _scores(searched, reported)
+        scores = _scores(front, searched, reported)
         if searched["epoch"] == 0:
-            table.add_row("poisoned", "", "", "", *scores)
-        elif trial is None:
-            table.add_row(Text(searched["trial_id"]), str(searched["epoch"]), "–", "–", *scores)
-        else:
-            epoch = f"{searched['epoch']} of {words.number(trial['epochs_planned'])}"
-            table.add_row(str(trial["number"]), epoch, words.number(trial["lr"]), words.weights(trial), *scores)
+            table.add_row("poisoned", *blank, *scores)
+            continue
+        method = [trial["method"] if trial else "–"] if front.method == ALL_METHODS else []
+        if trial is None:
+            table.add_row(Text(searched["trial_id"]), *method, str(searched["epoch"]), "–", "–", *scores)
+            continue
+        planned = trial["epochs_planned"]
+        epoch = f"{searched['epoch']} of {planned}" if planned is not None else str(searched["epoch"])
+        table.add_row(str(trial["number"]), *method, epoch, words.number(trial["lr"]), words.weights(trial), *scores)
     return table
 
 
 _KIND = {"any_epoch": "all epochs", "final": "last epochs"}
 
 
-def _scores(searched: Row, reported: Row) -> tuple[str, ...]:
-    return tuple(words.percent(half[name]) for half in (searched, reported) for name in ("zeroshot_top1", "asr_top1"))
+def _scores(front: Front, searched: Row, reported: Row) -> list[str]:
+    scored = [searched, reported][-len(front.splits) :]
+    return [words.percent(half[name]) for half in scored for name in ("zeroshot_top1", "asr_top1")]
 
 
-def _caption(front: Front, trials: Mapping[str, Row]) -> Text:
-    searched, reported = front.search["hypervolume"], front.report["hypervolume"]
-    lines = [
-        f"hypervolume: {searched:.4f} on the search half, {reported:.4f} on report",
-        "lowest ASR by accuracy lost, chosen on search, quoted on report:",
-    ]
-    for points, chosen, quoted in front.within():
-        given_up = f"within {points} point{'s' if points != '1' else ''}"
+def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
+    table = table_of(f"{front.name}: {words.quoted_on(front.splits)}")
+    table.add_column("\nbest", no_wrap=True)
+    for name in ("\ntrial", "\nepoch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    add_score_columns(table, front.splits)
+    table.add_column("accuracy\nlost %", justify="right", no_wrap=True)
+    for rule, chosen, quoted in front.chosen():
         if chosen is None or quoted is None:
-            lines.append(f"{given_up}: none")
+            table.add_row(rule.removeprefix("best "), "none")
             continue
         trial = trials.get(chosen["trial_id"])
-        who = f"trial {trial['number'] if trial else chosen['trial_id']}, epoch {chosen['epoch']}"
-        lines.append(
-            f"{given_up}: ASR {words.percent(quoted['asr_top1'])} at {words.percent(quoted['zeroshot_top1'])} % "
-            f"({'not cleaned' if chosen['epoch'] == 0 else who})"
+        who = "poisoned" if chosen["epoch"] == 0 else str(trial["number"]) if trial else chosen["trial_id"]
+        lost = words.percent(quoted["share_lost"], digits=1)
+        table.add_row(
+            rule.removeprefix("best "), Text(who), str(chosen["epoch"]), *_scores(front, chosen, quoted), lost
         )
-    return Text("\n".join(lines) + "\n")
+    return table
 
 
-def as_json(summaries: Iterable[Row]) -> str:
-    """Return the summaries as JSON; fractions, and null for what is not a finite number."""
-    return json.dumps(_plain(list(summaries)), indent=2, allow_nan=False)
+def as_json(found: Any) -> str:
+    """Return what was measured as JSON; fractions, and null for what is not a finite number."""
+    return json.dumps(_plain(found), indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -99,10 +156,11 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_csv(fronts: Iterable[Row]) -> str:
-    """Return rows of the `fronts` table as CSV, with the table's columns in their order; fractions."""
+def as_csv(fronts: Mapping[str, Iterable[Row]]) -> str:
+    """Return rows of `fronts` tables by run as CSV, with the table's columns in their order after `run`; fractions."""
     sink = io.StringIO()
-    writer = csv.DictWriter(sink, tables.SCHEMAS["fronts"].names, lineterminator="\n")
+    writer = csv.DictWriter(sink, ["run", *tables.SCHEMAS["fronts"].names], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(fronts)
+    for run, rows in fronts.items():
+        writer.writerows({"run": run, **row} for row in rows)
     return sink.getvalue()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from raybd.fronts import ALL_METHODS, HALVES, WHOLE, objective_names
 
 Row = Mapping[str, Any]
-SPLITS = ("search", "report")
+# How the images of each split are called.
+IMAGES = {"search": "search half", "report": "report half", "all": "all images"}
 # Trial columns that every table of points shows, so that `params_json` need not repeat them.
 _SHOWN = ("lr", "epochs", "loss_weights.mmcl", "loss_weights.ssl")
 
@@ -35,9 +37,11 @@ def number(value: object) -> str:
 
 
 def weights(trial: Row | None) -> str:
-    """Return a trial's loss weights as `mmcl / ssl`."""
+    """Return a trial's loss weights as `mmcl / ssl`; nothing for a method that has none."""
     if trial is None:
         return "–"
+    if trial["loss_weights.mmcl"] is None and trial["loss_weights.ssl"] is None:
+        return ""
     return f"{number(trial['loss_weights.mmcl'])} / {number(trial['loss_weights.ssl'])}"
 
 
@@ -55,24 +59,20 @@ def settings(trial: Row | None) -> str:
     if trial is None:
         return "–"
     parts = [
-        f"lr {number(trial['lr'])}",
-        f"epochs {number(trial['epochs_planned'])}",
-        f"weights {weights(trial)}",
+        f"lr {number(trial['lr'])}" if trial["lr"] is not None else "",
+        f"epochs {number(trial['epochs_planned'])}" if trial["epochs_planned"] is not None else "",
+        f"weights {weights(trial)}" if weights(trial) else "",
         other_params(trial),
     ]
     return ", ".join(part for part in parts if part)
 
 
-def objective_names(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
-    """Return a name for each (objective, pretrain_id), by objective; the id shows where an objective has several."""
-    pairs = sorted({(row["objective"], row["pretrain_id"]) for row in rows})
-    count = Counter(objective for objective, _ in pairs)
-    return {(o, i): o if count[o] == 1 else f"{o} ({i})" for o, i in pairs}
-
-
 @dataclass(frozen=True)
 class Front:
-    """One front with what its points score on both halves: entries of `fronts.summarise` that belong together."""
+    """One front with what its points score on both halves: entries of `fronts.summarise` that belong together.
+
+    Where every image was counted once, there is one half only, `all`, and `search` and `report` are the same entry.
+    """
 
     name: str
     objective: str
@@ -82,22 +82,67 @@ class Front:
     search: Row
     report: Row
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The halves that there are, the one that points were chosen on first."""
+        return WHOLE if self.search is self.report else HALVES
+
+    def half(self, split: str) -> Row:
+        """Return the front as scored on one half."""
+        return self.search if split == self.splits[0] else self.report
+
     def points(self) -> list[tuple[Row, Row]]:
         """Return the members, each as scored on the search and on the report half, by rising accuracy on the first."""
         found = {(row["trial_id"], row["epoch"]): row for row in self.report["front"]}
         return [(row, found[row["trial_id"], row["epoch"]]) for row in self.search["front"]]
 
-    def within(self) -> list[tuple[str, Row | None, Row | None]]:
-        """Return (points of accuracy given up, best point on the search half, the same on the report half)."""
-        return self._chosen("best_asr_within")
+    def chosen(self) -> list[tuple[str, Row | None, Row | None]]:
+        """Return (rule in words, the point it chooses on the search half, the same on the report half)."""
+        return [
+            *self._chosen("best_asr_within", lambda n: f"best ASR at ≤ {n} point{'s' * (n != '1')} lost"),
+            *self._chosen("best_top1_at_asr", lambda share: f"best accuracy at ASR ≤ {100 * float(share):g} %"),
+        ]
 
-    def under(self) -> list[tuple[str, Row | None, Row | None]]:
-        """Return (ASR ceiling, most accurate point under it on the search half, the same on the report half)."""
-        return self._chosen("best_top1_at_asr")
-
-    def _chosen(self, rule: str) -> list[tuple[str, Row | None, Row | None]]:
+    def _chosen(self, rule: str, say: Callable[[str], str]) -> list[tuple[str, Row | None, Row | None]]:
         other = self.report[rule]
-        return [(limit, row, other[limit]) for limit, row in self.search[rule].items()]
+        return [(say(limit), row, other[limit]) for limit, row in self.search[rule].items()]
+
+    @property
+    def title(self) -> str:
+        """What was cleaned, and how."""
+        return f"{self.name} cleaned by {method_name(self.method)}"
+
+
+FrontOrRow = TypeVar("FrontOrRow", Front, Row)
+
+
+def method_name(method: str) -> str:
+    """Return how a cleaning method is called in a sentence."""
+    return "any method" if method == ALL_METHODS else method
+
+
+def shown_fronts(fronts: Iterable[FrontOrRow]) -> list[FrontOrRow]:
+    """Return the fronts that are shown in full: of models cleaned by several methods, those over all methods.
+
+    Args:
+        fronts: `Front`s, or rows of the `fronts` table.
+    """
+
+    def key(front: FrontOrRow) -> tuple[str, str, str]:
+        if isinstance(front, Front):
+            return front.objective, front.pretrain_id, front.method
+        return front["objective"], front["pretrain_id"], front["method"]
+
+    found = list(fronts)
+    several = {key(front)[:2] for front in found if key(front)[2] == ALL_METHODS}
+    return [front for front in found if key(front)[2] == ALL_METHODS or key(front)[:2] not in several]
+
+
+def quoted_on(splits: Iterable[str]) -> str:
+    """Say on which images points were chosen and are quoted."""
+    if tuple(splits) == WHOLE:
+        return "chosen and quoted on the same images, all of them"
+    return "chosen on the search half, quoted on the report half"
 
 
 def pair(summaries: Iterable[Row]) -> list[Front]:
@@ -107,8 +152,9 @@ def pair(summaries: Iterable[Row]) -> list[Front]:
         key = (row["objective"], row["pretrain_id"], row["method"], row["kind"])
         found.setdefault(key, {})[row["split"]] = row
     names = objective_names({"objective": key[0], "pretrain_id": key[1]} for key in found)
-    return [
-        Front(names[key[:2]], *key, search=halves["search"], report=halves["report"])
-        for key, halves in found.items()
-        if set(halves) == set(SPLITS)
-    ]
+    fronts = []
+    for key, halves in found.items():
+        splits = next((s for s in (HALVES, WHOLE) if set(s) <= set(halves)), None)
+        if splits:
+            fronts.append(Front(names[key[:2]], *key, search=halves[splits[0]], report=halves[splits[-1]]))
+    return fronts
