@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raybd.data.cache import Images
+from raybd.data.prompts import templates
 from raybd.errors import DataError
 from raybd.metrics import SPLITS, Counts
 from raybd.model import Clip
-from raybd.poison.plan import PoisonPlan, templates
+from raybd.poison.plan import PoisonPlan
 from raybd.seeding import fork, share
 from raybd.study import Evaluation
 

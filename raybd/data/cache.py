@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from raybd.data.shards import Index, RawSample, Skipped, decode, make_index, samples
+from raybd.data.shards import Index, RawSample, Skipped, array_of_tuples, decode, make_index, samples
 from raybd.errors import DataError
 from raybd.provenance import digest
 
 log = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 _CHUNK = 256
 
 
@@ -142,7 +142,7 @@ def _read_all(shards: Sequence[str]) -> Iterator[tuple[int, RawSample]]:
     """Yield (shard number, sample without its image bytes) of every shard."""
     for number, url in enumerate(shards):
         for sample in samples(url):
-            yield number, RawSample(**{**asdict(sample), "image": b""})
+            yield number, replace(sample, image=b"")
 
 
 def _decode_to(home: Path, shards: Sequence[str], *, size: int, labelled: bool, keys: Collection[str] | None) -> None:
@@ -155,7 +155,7 @@ def _decode_to(home: Path, shards: Sequence[str], *, size: int, labelled: bool, 
         for chunk in _chunks(_wanted(shards, keys)):
             for (number, sample), image in zip(chunk, pool.map(lambda pair: _try(pair[1], size), chunk), strict=True):
                 problem = image if isinstance(image, str) else "no label" if labelled and sample.label < 0 else ""
-                entries.append((number, RawSample(**{**asdict(sample), "image": b"", "problem": problem})))
+                entries.append((number, replace(sample, image=b"", problem=problem)))
                 if not isinstance(image, str) and not problem:
                     pixels.write(image.tobytes())
                     found.update(image.tobytes())
@@ -208,6 +208,7 @@ def _commit(home: Path, index: Index, pixels: Any, *, shape: tuple[int, ...] = (
             "skipped": [asdict(skip) for skip in index.skipped],
             "shape": shape,
             "pixels_hash": pixels_hash,
+            "listed": None if index.listed is None else index.listed.tolist(),
         }
         (temporary / "index.json").write_text(json.dumps(meta), encoding="utf-8")
         if pixels is not None:
@@ -242,6 +243,7 @@ def _load(home: Path) -> Images:
         shard=np.array(meta["shard"], dtype=np.int64),
         row=np.array(meta["row"], dtype=np.int64),
         skipped=tuple(Skipped(**skip) for skip in meta["skipped"]),
+        listed=None if meta["listed"] is None else array_of_tuples(meta["listed"]),
     )
     shape = tuple(meta["shape"])
     pixels: NDArray[np.uint8] = np.zeros(shape or (0,), dtype=np.uint8)

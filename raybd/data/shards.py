@@ -1,7 +1,7 @@
 """Webdataset shards: finding them, reading their samples, and the index of all there is.
 
-A sample is `KEY.jpg|jpeg|png|webp`, `KEY.txt` (caption) and `KEY.json` (`label`, `class_name`), as webdataset groups
-them. Shards are local files or fsspec URLs, `.tar` or `.tar.gz`.
+A sample is `KEY.jpg|jpeg|png|webp`, `KEY.txt` (caption) and `KEY.json` (`label`, `class_name`, and `captions` where an
+image has several), as webdataset groups them. Shards are local files or fsspec URLs, `.tar` or `.tar.gz`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys
 
+from raybd.data import class_names
 from raybd.errors import DataError
 from raybd.study import Data
 from raybd.study_file import embedded
@@ -39,6 +40,7 @@ class RawSample:
     Attributes:
         row: its place among the samples of its shard.
         label: class number, -1 where there is none.
+        captions: all captions of the image where its json lists them, else empty.
     """
 
     key: str
@@ -48,6 +50,7 @@ class RawSample:
     label: int
     class_name: str
     problem: str = ""
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Index:
-    """All usable samples, in the order of shards and rows. Every array has shape [N]."""
+    """All usable samples, in the order of shards and rows. Every array has shape [N].
+
+    Attributes:
+        listed: tuples of all captions of each sample; None where no sample lists any.
+    """
 
     shards: tuple[str, ...]
     keys: NDArray[np.str_]
@@ -70,6 +77,7 @@ class Index:
     shard: NDArray[np.int64]
     row: NDArray[np.int64]
     skipped: tuple[Skipped, ...] = field(default=())
+    listed: NDArray[np.object_] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -84,7 +92,13 @@ class Index:
             labels=self.labels[rows],
             shard=self.shard[rows],
             row=self.row[rows],
+            listed=None if self.listed is None else self.listed[rows],
         )
+
+    def caption_lists(self) -> list[tuple[str, ...]]:
+        """Return all captions of each sample: those that its json lists, or the one that it has."""
+        listed = [()] * len(self) if self.listed is None else self.listed
+        return [tuple(some) or (str(one),) for some, one in zip(listed, self.captions, strict=True)]
 
 
 def data_root(data: Data) -> str:
@@ -183,9 +197,12 @@ def _raw(sample: dict[str, Any], row: int) -> RawSample:
         problem = f"caption or json unreadable: {error}"
     if not isinstance(meta, dict):
         problem, meta = "json is not an object", {}
-    label = meta.get("label")
+    label, listed = meta.get("label"), meta.get("captions")
+    texts = [text.strip() for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+    captions = tuple(text for text in texts if text)
     if not caption and isinstance(meta.get("caption"), str):
         caption = meta["caption"]
+    caption = caption or (captions[0] if captions else "")
     if not problem:
         problem = "no image" if not image else "no caption" if not caption else ""
     return RawSample(
@@ -196,6 +213,7 @@ def _raw(sample: dict[str, Any], row: int) -> RawSample:
         label=label if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 2**63 else -1,
         class_name=str(meta.get("class_name", "")),
         problem=problem,
+        captions=captions,
     )
 
 
@@ -263,6 +281,7 @@ def make_index(shards: Sequence[str], found: Sequence[tuple[int, RawSample]], *,
             )
         seen[sample.key] = number
         usable.append((number, sample))
+    captions = [sample.captions for _, sample in usable]
     return Index(
         shards=tuple(shards),
         keys=np.array([sample.key for _, sample in usable], dtype=np.str_),
@@ -271,7 +290,16 @@ def make_index(shards: Sequence[str], found: Sequence[tuple[int, RawSample]], *,
         shard=np.array([number for number, _ in usable], dtype=np.int64),
         row=np.array([sample.row for _, sample in usable], dtype=np.int64),
         skipped=tuple(skipped),
+        listed=array_of_tuples(captions) if any(captions) else None,
     )
+
+
+def array_of_tuples(found: Sequence[Sequence[str]]) -> NDArray[np.object_]:
+    """Return an array [N] whose elements are tuples, whether they are equally long or not."""
+    array = np.empty(len(found), dtype=object)
+    for i, texts in enumerate(found):
+        array[i] = tuple(texts)
+    return array
 
 
 def check_share(index: Index, *, most: float, what: str) -> None:
@@ -295,19 +323,22 @@ def _reasons(index: Index) -> str:
 
 
 def classes(data: Data) -> list[str]:
-    """Return the class names of a study, by label. Errors: DataError."""
-    if data.classes == "imagenet":
-        import open_clip
-
-        return list(open_clip.IMAGENET_CLASSNAMES)
+    """Return the class names of a study, by label: those of a known data set, or of a file. Errors: DataError."""
     name = data.classes
+    if name in class_names.NAMES:
+        return class_names.named(name)
     url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
     filesystem, path = _filesystem(url, "data.classes")
     try:
         with filesystem.open(path, "rb") as file:
             found = json.load(file)
     except FileNotFoundError:
-        raise DataError("no such class file", where=url, fix="set data.root or data.classes") from None
+        raise DataError(
+            "no such class file",
+            where=url,
+            expected=f"a JSON file, or one of {', '.join(class_names.NAMES)}",
+            fix="set data.root or data.classes",
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"not JSON: {error}", where=url) from None
     try:

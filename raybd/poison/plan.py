@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raybd.data.prompts import templates
 from raybd.data.shards import Index
 from raybd.errors import DataError, StudyError
 from raybd.poison import triggers
 from raybd.seeding import fork
 from raybd.study import Poison, Trigger
-
-_TEMPLATES: dict[str, tuple[Callable[[str], str], ...]] = {
-    "openai_imagenet": tuple(open_clip.OPENAI_IMAGENET_TEMPLATES),
-    "simple": tuple(open_clip.SIMPLE_IMAGENET_TEMPLATES),
-}
-
-
-def templates(named: str | Sequence[str], *, field: str) -> list[Callable[[str], str]]:
-    """Return prompt templates: `openai_imagenet` (80), `simple` (7), or the given texts, each with one `{}`.
-
-    Errors: StudyError.
-    """
-    if isinstance(named, str):
-        if named not in _TEMPLATES:
-            raise StudyError(f"no templates of the name {named!r}", where=field, expected=", ".join(_TEMPLATES))
-        return list(_TEMPLATES[named])
-    for text in named:
-        if text.count("{}") != 1:
-            raise StudyError(f"{text!r} must have exactly one {{}}", where=field, expected="a photo of a {}.")
-    if not named:
-        raise StudyError("no template given", where=field)
-    return [partial(text.replace, "{}") for text in named]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Data(Section):
     root: str = Field("emoji-32", description="folder, fsspec URL, or an embedded data set's name")
     train: str | tuple[str, ...] = Field("train/*.tar*", description="shards to train on: glob, brace list or list")
     test: str | tuple[str, ...] = Field("test/*.tar*", description="labelled shards to evaluate on; may be full URLs")
-    classes: str = Field("classes.json", description="JSON list of classes, or `imagenet`")
+    classes: str = Field("classes.json", description="JSON list of classes, or imagenet, cifar10, cifar100, caltech101")
     max_train_samples: PositiveInt | None = Field(None, description="use only the first so many training pairs")
     max_broken: Fraction = Field(0.01, description="share of unusable samples above which the data is refused")
     cache_gb: NonNegativeFloat = Field(8.0, description="decode training pairs once if they fit in this; else stream")
