@@ -32,16 +32,37 @@ _Loader.add_implicit_resolver(
 )
 
 
-def locate(study: str) -> Path:
-    """Return the path of a study given as a path, or as the name of one that comes with raybd. Errors: StudyError."""
-    path = Path(study)
-    if path.is_file():
-        return path
+def shipped() -> dict[str, Path]:
+    """Return the studies that come with raybd by name: the path below `search_spaces`, without its suffix."""
     for folder in (Path(__file__).parent / "search_spaces", Path(__file__).parents[1] / "search_spaces"):
-        shipped = folder / f"{path.stem}.yaml"
-        if path.name in (path.stem, shipped.name) and len(path.parts) == 1 and shipped.is_file():
-            return shipped
-    raise StudyError("no such study file", where=study, fix="give the path of a YAML file, or a name such as `demo`")
+        if folder.is_dir():
+            found = sorted(folder.rglob("*.yaml"))
+            return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    return {}
+
+
+def locate(study: str, *, beside: Path | None = None) -> Path:
+    """Return the path of a study given as a path, or as the name of one that comes with raybd.
+
+    A name is the path below `search_spaces` (`paper/cc3m_grid`), or its last part where only one study has it.
+
+    Args:
+        beside: a folder that a relative path may start from.
+
+    Errors: StudyError.
+    """
+    for path in (beside / study, beside / f"{study}.yaml") if beside else (Path(study),):
+        if path.is_file():
+            return path
+    known, name = shipped(), study.removesuffix(".yaml").removeprefix("search_spaces/")
+    if name in known:
+        return known[name]
+    alike = [full for full in known if full.rpartition("/")[2] == name]
+    if len(alike) == 1:
+        return known[alike[0]]
+    close = alike or difflib.get_close_matches(name, known, n=3)
+    fix = f"did you mean {', '.join(close)}?" if close else "give the path of a YAML file, or a name such as `demo`"
+    raise StudyError("several studies of that name" if alike else "no such study file", where=study, fix=fix)
 
 
 def load(study: str, *, overrides: Sequence[str] = ()) -> Study:
@@ -54,24 +75,23 @@ def load(study: str, *, overrides: Sequence[str] = ()) -> Study:
     Errors: StudyError that lists every mistake, each with file and line (or the override).
     """
     path = locate(study)
+    return parse(_text(path), source=str(path), overrides=overrides)
+
+
+def _text(path: Path) -> str:
     if path.stat().st_size > _MAX_BYTES:
         raise StudyError("larger than a study can be (1 MB)", where=str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise StudyError(f"not UTF-8 text: {error}", where=str(path)) from None
-    return parse(text, source=str(path), overrides=overrides)
 
 
 def parse(text: str, *, source: str, overrides: Sequence[str] = ()) -> Study:
     """Check a study given as YAML text; `source` is what its errors call it. Errors: StudyError."""
     marks: dict[Path_, str] = {}
     problems: list[tuple[str, str]] = []
-    raw = _read(text, (), source, marks, problems)
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise StudyError("a study is a mapping of settings", where=f"{source}:1", expected="`name: …` and so on")
+    raw = _whole(text, source, marks, problems, ())
     for override in overrides:
         _override(raw, override, marks, problems)
     try:
@@ -83,6 +103,55 @@ def parse(text: str, *, source: str, overrides: Sequence[str] = ()) -> Study:
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise StudyError(f"{count} in the study\n{lines}", where=source, fix="correct them and call again")
     return study
+
+
+def _whole(
+    text: str, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]], below: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return a study's text as data, on top of the study that its key `extends` names. Errors: StudyError.
+
+    Mappings are merged, everything else is replaced; so are the mappings of `_REPLACED`, whose keys belong together.
+
+    Args:
+        below: the files that extend this one.
+    """
+    raw = _read(text, (), source, marks, problems)
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise StudyError("a study is a mapping of settings", where=f"{source}:1", expected="`name: …` and so on")
+    if "extends" not in raw:
+        return raw
+    name, where = raw.pop("extends"), marks.pop(("extends",))
+    if not isinstance(name, str) or not name:
+        raise StudyError("extends takes a study", where=where, expected="a name that comes with raybd, or a path")
+    try:
+        path = locate(name, beside=Path(source).parent)
+    except StudyError as error:
+        raise StudyError(f"extends: {error.what}: {name}", where=where, fix=error.fix) from None
+    chain = (*below, str(Path(source).resolve()))
+    if str(path.resolve()) in chain:
+        raise StudyError(f"extends: {name} extends this study in turn", where=where)
+    base_marks: dict[Path_, str] = {}
+    base = _whole(_text(path), str(path), base_marks, problems, chain)
+    _merge(base, raw, (), base_marks)
+    marks |= {at: line for at, line in base_marks.items() if at not in marks}
+    return base
+
+
+_REPLACED = {("search", "space"), ("pretrain", "objectives"), ("poison", "trigger")}
+
+
+def _merge(base: dict[str, Any], own: Mapping[str, Any], at: Path_, base_marks: dict[Path_, str]) -> None:
+    """Put a study's own settings on top of those that it extends, in place."""
+    for key, value in own.items():
+        path, before = (*at, key), base.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and path not in _REPLACED:
+            _merge(before, value, path, base_marks)
+            continue
+        base[key] = value
+        for replaced in [known for known in base_marks if known[: len(path)] == path]:
+            del base_marks[replaced]
 
 
 def _by_line(problem: tuple[str, str]) -> tuple[int, str]:
