@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import lru_cache
 
 import numpy as np
@@ -22,38 +23,71 @@ from raybd.data.prompts import templates
 from raybd.errors import DataError
 from raybd.metrics import SPLITS, Counts
 from raybd.model import Clip
-from raybd.poison.plan import PoisonPlan
+from raybd.poison.plan import Attack, PoisonPlan
 from raybd.seeding import fork, share
 from raybd.study import Evaluation
 
 
+class Role(StrEnum):
+    """Whether the model was poisoned with a trigger, or is tried with it all the same."""
+
+    PLANTED = "planted"
+    CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A trigger that is tried.
+
+    Attributes:
+        target: label of its target class.
+        triggered_N: True for images that get it: those of other classes than the target, or all with `include_target`.
+    """
+
+    role: Role
+    attack: Attack
+    target: int
+    triggered_N: NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Labelled images, who sees which half, the trigger, and the prompts.
+    """Labelled images, who sees which half, what triggers are tried, and the prompts.
 
     Attributes:
         in_search_N: True for images of the `search` half; the others are the `report` half.
-        triggered_N: True for images that get the trigger: those of other classes, or all with `include_target`.
+        probes: the planted attacks, then the controls.
         prompts: T prompts for each of C classes, class by class.
     """
 
     images: Images
     in_search_N: NDArray[np.bool_]
-    triggered_N: NDArray[np.bool_]
-    target: int
-    plan: PoisonPlan
+    probes: tuple[Probe, ...]
     seed: int
     prompts: tuple[str, ...]
     num_classes: int
     batch_size: int
 
+    @property
+    def pooled_only(self) -> bool:
+        """Whether there is nothing to tell apart: one planted attack and no control."""
+        return len(self.probes) == 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was counted on each half: in all, planted attacks pooled, and of each probe alone."""
+
+    counts: dict[str, Counts]
+    by_probe: tuple[dict[str, Counts], ...]
+
 
 def make_set(
-    images: Images, *, classes: list[str], target: int, plan: PoisonPlan, evaluation: Evaluation, seed: int
+    images: Images, *, classes: list[str], plan: PoisonPlan, evaluation: Evaluation, seed: int
 ) -> EvaluationSet:
     """Make an evaluation set; which image is in which half depends on its key and the seed alone.
 
-    Errors: DataError where a label has no class, or a half would have no clean or no triggered image.
+    Errors: DataError where a label or a target has no class, or a half would have no clean or no triggered image.
     """
     labels = images.index.labels
     if len(labels) and labels.max() >= len(classes):
@@ -62,9 +96,11 @@ def make_set(
         )
     searched = (share(seed, "split", str(key)) < evaluation.search_share for key in images.index.keys)
     in_search_N = np.fromiter(searched, dtype=bool, count=len(labels))
-    triggered_N = np.ones(len(labels), dtype=bool) if evaluation.include_target else labels != target
+    probes = tuple(
+        _probe(role, attack, classes, labels, evaluation) for role, attack in _tried(plan.attacks, evaluation)
+    )
     for split, half in (("search", in_search_N), ("report", ~in_search_N)):
-        if not (half & triggered_N).any():
+        if any(not (half & probe.triggered_N).any() for probe in probes):
             raise DataError(
                 f"the {split} half has no image to trigger: {len(labels)} test images in all",
                 where="data.test",
@@ -72,9 +108,21 @@ def make_set(
             )
     made = templates(evaluation.templates, field="evaluation.templates")
     prompts = tuple(template(name) for name in classes for template in made)
-    return EvaluationSet(
-        images, in_search_N, triggered_N, target, plan, seed, prompts, len(classes), evaluation.batch_size
-    )
+    return EvaluationSet(images, in_search_N, probes, seed, prompts, len(classes), evaluation.batch_size)
+
+
+def _tried(attacks: tuple[Attack, ...], evaluation: Evaluation) -> list[tuple[Role, Attack]]:
+    """Return all attacks to try. A control has the target and the pattern seed of the first planted attack."""
+    found = [(Role.PLANTED, attack) for attack in attacks]
+    return found + [(Role.CONTROL, replace(attacks[0], trigger=trigger)) for trigger in evaluation.controls]
+
+
+def _probe(role: Role, attack: Attack, classes: list[str], labels: NDArray[np.int64], evaluation: Evaluation) -> Probe:
+    if attack.target_class not in classes:
+        raise DataError(f"no class {attack.target_class!r} among the {len(classes)} classes", where="data.classes")
+    target = classes.index(attack.target_class)
+    triggered_N = np.ones(len(labels), dtype=bool) if evaluation.include_target else labels != target
+    return Probe(role, attack, target, triggered_N)
 
 
 @contextmanager
@@ -112,7 +160,20 @@ def evaluate(
     world_size: int = 1,
     autocast: Callable[[], torch.autocast] | None = None,
 ) -> dict[str, Counts]:
-    """Count right and attacked images, for each half. The mode of every module is as it was afterwards.
+    """Count right and attacked images, for each half; see `measure`, which tells the attacks apart."""
+    return measure(clip, found, device=device, rank=rank, world_size=world_size, autocast=autocast).counts
+
+
+def measure(
+    clip: Clip,
+    found: EvaluationSet,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    autocast: Callable[[], torch.autocast] | None = None,
+) -> Measured:
+    """Count right and attacked images, for each half and each probe. The mode of every module is as it was afterwards.
 
     Clean and triggered images go the same way; the trigger is put last, on the image that the model sees, and is
     the same for an image in every evaluation.
@@ -120,41 +181,67 @@ def evaluate(
     Args:
         rank, world_size: count every `world_size`-th batch only; the caller adds the ranks up.
     """
-    totals = dict.fromkeys(SPLITS, Counts())
+    counts = dict.fromkeys(SPLITS, Counts())
+    by_probe = [dict.fromkeys(SPLITS, Counts()) for _ in found.probes]
     with evaluating(clip.net), autocast() if autocast else torch.autocast(device.type, enabled=False):
         classes_CD = class_embeddings(clip, found, device=device)
         starts = range(0, len(found.images.index), found.batch_size)
         for start in starts[rank::world_size]:
             rows = np.arange(start, min(start + found.batch_size, len(found.images.index)))
-            for split, counts in _count(clip, found, rows, classes_CD, device).items():
-                totals[split] = totals[split] + counts
-    return totals
+            clean, probed = _count(clip, found, rows, classes_CD, device)
+            for split in SPLITS:
+                counts[split] = counts[split] + clean[split]
+                for probe, total, own in zip(found.probes, by_probe, probed, strict=True):
+                    total[split] = total[split] + own[split]
+                    if probe.role is Role.PLANTED:
+                        counts[split] = counts[split] + own[split]
+    return Measured(counts, tuple(by_probe))
 
 
 def _count(
     clip: Clip, found: EvaluationSet, rows: NDArray[np.int64], classes_CD: Tensor, device: torch.device
-) -> dict[str, Counts]:
+) -> tuple[dict[str, Counts], list[dict[str, Counts]]]:
+    """Return the counts of one batch for each half: of clean images, and of each probe's triggered ones."""
     clean_BCHW = torch.from_numpy(found.images.pixels(rows))
-    hit_rows = np.flatnonzero(found.triggered_N[rows])
-    triggered = [
-        found.plan.triggered(clean_BCHW[i], seed=fork(found.seed, "evaluate", str(found.images.index.keys[rows[i]])))
-        for i in hit_rows
-    ]
-    both = torch.cat([clean_BCHW, torch.stack(triggered)]) if triggered else clean_BCHW
-    pixels = clip.normalise(both.to(device)).contiguous(memory_format=torch.channels_last)
+    labels, in_search = found.images.index.labels[rows], found.in_search_N[rows]
+    seeds = [fork(found.seed, "evaluate", str(key)) for key in found.images.index.keys[rows]]
+    clean: dict[str, Counts] = {}
+    probed = []
+    for probe in found.probes:
+        hit_rows = np.flatnonzero(probe.triggered_N[rows])
+        triggered = [probe.attack.triggered(clean_BCHW[i], seed=seeds[i]) for i in hit_rows]
+        images = [clean_BCHW] if not clean else []
+        images += [torch.stack(triggered)] if triggered else []
+        if not images:
+            probed.append(dict.fromkeys(SPLITS, Counts()))
+            continue
+        predicted = _predict(clip, torch.cat(images), classes_CD, device)
+        if not clean:  # clean images go with the first probe's, in one batch
+            right, predicted = predicted[: len(rows)] == labels, predicted[len(rows) :]
+            clean = {
+                split: Counts(n_clean=int(half.sum()), correct_clean=int(right[half].sum()))
+                for split, half in _halves(in_search)
+            }
+        probed.append(
+            {
+                split: Counts(
+                    n_triggered=int(half.sum()),
+                    hit_target=int((predicted == probe.target)[half].sum()),
+                    correct_triggered=int((predicted == labels[hit_rows])[half].sum()),
+                )
+                for split, half in _halves(in_search[hit_rows])
+            }
+        )
+    return clean, probed
+
+
+def _halves(in_search: NDArray[np.bool_]) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
+    return (("search", in_search), ("report", ~in_search))
+
+
+def _predict(clip: Clip, images_BCHW: Tensor, classes_CD: Tensor, device: torch.device) -> NDArray[np.int64]:
+    pixels = clip.normalise(images_BCHW.to(device)).contiguous(memory_format=torch.channels_last)
     features = clip.net.encode_image(pixels, normalize=True).float()
     # Outside autocast: in bf16 close classes would tie, and a tie goes to the lowest class number.
     with torch.autocast(device.type, enabled=False):
-        predicted = (features @ classes_CD.T).argmax(dim=-1).cpu().numpy()
-    labels, clean, attacked = found.images.index.labels[rows], predicted[: len(rows)], predicted[len(rows) :]
-    counts = {}
-    for split, half in (("search", found.in_search_N[rows]), ("report", ~found.in_search_N[rows])):
-        hit_half = half[hit_rows]
-        counts[split] = Counts(
-            n_clean=int(half.sum()),
-            correct_clean=int((clean == labels)[half].sum()),
-            n_triggered=int(hit_half.sum()),
-            hit_target=int((attacked == found.target)[hit_half].sum()),
-            correct_triggered=int((attacked == labels[hit_rows])[hit_half].sum()),
-        )
-    return counts
+        return np.asarray((features @ classes_CD.T).argmax(dim=-1).cpu().numpy())

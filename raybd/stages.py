@@ -175,16 +175,18 @@ class Run:
         registry.check(self.study)
         ids, plan = self._record(), self.inputs.plan
         if not (self._earlier and self.store.exists("tables/poison_plan/plan.parquet")):
-            images = self.inputs.train_images(list(plan.rows)[:3])
+            images = self.inputs.train_images(plan.examples(3))
             pictures = [torch.from_numpy(pixels) for pixels in images.values()]
             self.store.put("preview.png", preview(pictures, list(images), plan))
             self.store.put("skipped.json", json.dumps(self.inputs.skipped, indent=1).encode())
             tables.write(self.store, "poison_plan", "plan", plan.table())
         total = len(self.inputs.train_index)
-        self.view.stage(
-            f"poison: {len(plan)} of {total} training pairs ({len(plan) / total:.3%}) carry {plan.trigger.name}, "
-            f"captioned as {self.study.poison.target_class!r}"
-        )
+        for attack, count in zip(plan.attacks, plan.counts(), strict=True):
+            captions = "with captions that name" if attack.trigger.name == "label_consistent" else "captioned as"
+            self.view.stage(
+                f"poison: {count} of {total} training pairs ({count / total:.3%}) carry {attack.trigger.name}, "
+                f"{captions} {attack.target_class!r}"
+            )
         return ids
 
     def pretrain(self, ids: dict[str, str]) -> None:

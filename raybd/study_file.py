@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from raybd.errors import StudyError
 from raybd.study import Study, searchable
@@ -249,7 +250,10 @@ def _split(key: str) -> tuple[str, ...]:
 
 def _explain(error: Mapping[str, Any], marks: Mapping[Path_, str], source: str) -> tuple[str, str]:
     """Turn one of pydantic's errors into (file:line, sentence)."""
-    location = tuple(part for part in error["loc"] if part != "[key]")
+    given = tuple(part for part in error["loc"] if part != "[key]")
+    location, _ = _walk(given)
+    if error["type"] == "union_tag_invalid":
+        return _explain_tag(error, location, marks, source)
     known = location
     while known and known not in marks:
         known = known[:-1]
@@ -259,7 +263,7 @@ def _explain(error: Mapping[str, Any], marks: Mapping[Path_, str], source: str) 
     field = ".".join(str(part) for part in location)
     kind, message, got = error["type"], error["msg"].removeprefix("Value error, "), error.get("input")
     if kind == "extra_forbidden":
-        message = "unknown key" + _suggest(location)
+        message = "unknown key" + _suggest(str(given[-1]), _fields(_walk(given[:-1])[1]))
     elif kind == "missing":
         message = "missing, and it has no default"
     elif kind == "value_error":
@@ -269,20 +273,70 @@ def _explain(error: Mapping[str, Any], marks: Mapping[Path_, str], source: str) 
     return marks.get(known, source), f"{field}: {message}" if field else message
 
 
-def _suggest(location: Path_) -> str:
-    fields = _fields_at(location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(fields)})" if fields else ""
+def _explain_tag(error: Mapping[str, Any], location: Path_, marks: Mapping[Path_, str], source: str) -> tuple[str, str]:
+    """Say that a `name` which decides what a section has is none of those that there are."""
+    known = [name.strip().strip("'") for name in error["ctx"]["expected_tags"].split(",")]
+    at = (*location, "name")
+    where = marks.get(at, marks.get(location, source))
+    return where, f"{'.'.join(map(str, at))}: no {error['ctx']['tag']!r}" + _suggest(error["ctx"]["tag"], known)
 
 
-def _fields_at(path: Iterable[str | int]) -> list[str]:
-    model: Any = Study
-    for part in path:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        model = field.annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+def _suggest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})" if known else ""
+
+
+def _walk(location: Path_) -> tuple[Path_, Any]:
+    """Follow a location of pydantic's through the types of a study.
+
+    Returns: the location without the members of unions that pydantic names in it, and the type that is there; None
+    where the types say nothing.
+    """
+    kind: Any = Study
+    path: list[str | int] = []
+    for part in location:
+        members = _members(kind)
+        if part in members:
+            kind = members[str(part)]
+            continue
+        path.append(part)
+        kind = _inner(kind, part)
+    return tuple(path), kind
+
+
+def _bare(kind: Any) -> Any:
+    """Return a type without annotations, and without `| None`."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) in (Union, UnionType):
+        left = [one for one in get_args(kind) if one is not type(None)]
+        return _bare(left[0]) if len(left) == 1 else kind
+    return kind
+
+
+def _members(kind: Any) -> dict[str, Any]:
+    """Return the members of a union that a `name` decides between, by that name."""
+    kind = _bare(kind)
+    if get_origin(kind) not in (Union, UnionType):
+        return {}
+    return {mark.tag: get_args(one)[0] for one in get_args(kind) for mark in get_args(one)[1:] if isinstance(mark, Tag)}
+
+
+def _inner(kind: Any, part: str | int) -> Any:
+    """Return the type of a field, an entry or an item."""
+    kind = _bare(kind)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(str(part))
+        return field.annotation if field else None
+    arguments = get_args(kind)
+    if get_origin(kind) is dict:
+        return arguments[1]
+    return arguments[0] if get_origin(kind) in (tuple, list) else None
+
+
+def _fields(kind: Any) -> list[str]:
+    kind = _bare(kind)
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 def anchored(study: Study) -> Study:

@@ -34,7 +34,7 @@ from raybd.data import cache, shards, views
 from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare, StreamedPairs, bounds, steps
 from raybd.errors import DataError
 from raybd.poison.plan import PoisonPlan, make_plan
-from raybd.study import Data, ImageView, Pattern, Poison, TextView, Trigger
+from raybd.study import BadNet, Data, ImageView, Pattern, Poison, TextView
 from raybd.study_file import embedded
 
 SIZE = 8
@@ -649,7 +649,7 @@ def images(urls: list[str]) -> cache.Images:
 
 
 def prepare(plan: PoisonPlan | None = None, *, seed: int = 0, augment: bool = False) -> Prepare:
-    found = plan or PoisonPlan({}, Trigger(size=2), 0)
+    found = plan or PoisonPlan({}, ())
     kinds = (ImageView.CROP_FLIP_COLOUR, TextView.EDA) if augment else None
     return Prepare(plan=found, tokenize=tokens, views=kinds, seed=seed)
 
@@ -664,7 +664,7 @@ def source(
 
 
 def poisoned(images: cache.Images) -> PoisonPlan:
-    trigger = Trigger(size=3, pattern=Pattern.NOISE)
+    trigger = BadNet(size=3, pattern=Pattern.NOISE)
     return make_plan(images.index, Poison(trigger=trigger, num_poisoned=6), image_size=SIZE, seed=0)
 
 

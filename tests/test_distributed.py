@@ -104,9 +104,9 @@ def train(rank: int, world: int, run: str) -> dict[str, Any]:
     from raybd.evaluate import make_set
     from raybd.ledger import Kind, Ledger
     from raybd.model import create
-    from raybd.poison.plan import PoisonPlan
+    from raybd.poison.plan import Attack, PoisonPlan
     from raybd.store import Store
-    from raybd.study import Data, Evaluation, LossWeights, Precision, TrainSettings, Trigger
+    from raybd.study import BadNet, Data, Evaluation, LossWeights, Precision, TrainSettings
     from raybd.train.context import LedgerContext
     from raybd.train.loop import Training
 
@@ -115,10 +115,10 @@ def train(rank: int, world: int, run: str) -> dict[str, Any]:
     index = make_index([url], [(0, sample) for sample in raw], labelled=True)
     index.labels[:] = index.labels % 3
     images = Images(index, np.stack([decode(sample.image, 32) for sample in raw]), np.arange(len(raw)))
-    trigger = Trigger(size=4, pattern="fixed", placement="bottom_right")
-    plan = PoisonPlan({}, trigger, pattern_seed=1)
+    trigger = BadNet(size=4, pattern="fixed", placement="bottom_right")
+    plan = PoisonPlan({}, (Attack(trigger, "fruit", pattern_seed=1),))
     evaluation = Evaluation(templates=("a picture of a {}.",), batch_size=20)
-    found = make_set(images, classes=["cat", "heart", "fruit"], target=2, plan=plan, evaluation=evaluation, seed=3)
+    found = make_set(images, classes=["cat", "heart", "fruit"], plan=plan, evaluation=evaluation, seed=3)
     # A large eps: Adam would else turn the rounding of gradients that are 0 in truth into steps of full size.
     settings = TrainSettings(
         epochs=1,

@@ -20,15 +20,15 @@ from raybd.errors import DataError, StudyError
 from raybd.evaluate import EvaluationSet, class_embeddings, evaluate, make_set
 from raybd.metrics import SPLITS, Counts, wilson
 from raybd.model import Clip, create
-from raybd.poison.plan import PoisonPlan, templates
+from raybd.poison.plan import Attack, PoisonPlan, templates
 from raybd.seeding import fork
-from raybd.study import Data, Evaluation, Pattern, Placement, Trigger
+from raybd.study import BadNet, Data, Evaluation, Pattern, Placement
 
 CPU = torch.device("cpu")
 TEMPLATES = ("a picture of a {}.", "{} drawn small", "one {}")
 TRIGGERS = {
-    "fixed": Trigger(size=8, pattern=Pattern.FIXED, placement=Placement.BOTTOM_RIGHT),
-    "noise": Trigger(size=12, pattern=Pattern.NOISE, placement=Placement.RANDOM),
+    "fixed": BadNet(size=8, pattern=Pattern.FIXED, placement=Placement.BOTTOM_RIGHT),
+    "noise": BadNet(size=12, pattern=Pattern.NOISE, placement=Placement.RANDOM),
 }
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -64,11 +64,14 @@ def a_set(
     return make_set(
         images,
         classes=classes(Data()),
-        target=target,
-        plan=PoisonPlan({}, TRIGGERS[trigger], pattern_seed=4),
+        plan=a_plan(trigger, target=target),
         evaluation=Evaluation(**{"templates": TEMPLATES, "batch_size": 16, **evaluation}),
         seed=seed,
     )
+
+
+def a_plan(trigger: str, *, target: int = 5) -> PoisonPlan:
+    return PoisonPlan({}, (Attack(TRIGGERS[trigger], classes(Data())[target], pattern_seed=4),))
 
 
 def likely_target(clip: Clip, images: Images) -> int:
@@ -112,9 +115,9 @@ def slow_class(clip: Clip, image_CHW: torch.Tensor) -> int:
 
 
 def triggered_images(images: Images, trigger: str, *, seed: int = 2) -> list[torch.Tensor]:
-    plan = PoisonPlan({}, TRIGGERS[trigger], pattern_seed=4)
+    (attack,) = a_plan(trigger).attacks
     return [
-        plan.triggered(torch.from_numpy(images.pixels_MCHW[i]), seed=fork(seed, "evaluate", str(key)))
+        attack.triggered(torch.from_numpy(images.pixels_MCHW[i]), seed=fork(seed, "evaluate", str(key)))
         for i, key in enumerate(images.index.keys)
     ]
 
@@ -226,8 +229,8 @@ def test_a_triggered_image_is_the_clean_image_that_the_model_sees_and_the_trigge
 def test_images_of_the_target_are_triggered_only_where_asked_for(images: Images) -> None:
     labels = images.index.labels
     assert 3 < (labels == 5).sum() < 30
-    assert np.array_equal(a_set(images).triggered_N, labels != 5)
-    assert a_set(images, include_target=True).triggered_N.all()
+    assert np.array_equal(a_set(images).probes[0].triggered_N, labels != 5)
+    assert a_set(images, include_target=True).probes[0].triggered_N.all()
 
 
 # The halves.
@@ -268,8 +271,7 @@ def test_a_label_without_a_class_is_refused(images: Images) -> None:
         make_set(
             images,
             classes=classes(Data())[:43],
-            target=5,
-            plan=PoisonPlan({}, TRIGGERS["fixed"], pattern_seed=4),
+            plan=a_plan("fixed"),
             evaluation=Evaluation(templates=TEMPLATES),
             seed=2,
         )
@@ -289,7 +291,7 @@ def test_a_half_with_none_but_target_images_is_refused(images: Images) -> None:
     found = replace(images, index=replace(images.index, labels=labels))
     with pytest.raises(DataError, match="the search half has no image to trigger: 60 test images in all"):
         a_set(found)
-    assert a_set(found, include_target=True).triggered_N.all()
+    assert a_set(found, include_target=True).probes[0].triggered_N.all()
 
 
 def test_templates_that_cannot_be_filled_are_refused(images: Images) -> None:

@@ -24,7 +24,7 @@ from raybd.poison import triggers
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan, templates
 from raybd.poison.preview import preview
 from raybd.store import Store
-from raybd.study import Pattern, Placement, Poison, Trigger
+from raybd.study import BadNet, Pattern, Placement, Poison, Sig
 
 PLACES = {
     Placement.TOP_LEFT: lambda bottom, right: ((0, 0),),
@@ -41,7 +41,7 @@ def picture(height: int, width: int, *, seed: int = 0) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def apply(image_CHW: Tensor, trigger: Trigger, *, seed: int = 1, pattern_seed: int = 2) -> Tensor:
+def apply(image_CHW: Tensor, trigger: BadNet, *, seed: int = 1, pattern_seed: int = 2) -> Tensor:
     return triggers.apply(image_CHW, trigger, seed=seed, pattern_seed=pattern_seed)
 
 
@@ -61,7 +61,7 @@ def test_every_trigger_is_where_it_is_planned_and_nowhere_else(
     pattern: Pattern, placement: Placement, size: int, extra: tuple[int, int], *, wrap: bool, seed: int
 ) -> None:
     height, width = size + extra[0], size + extra[1]
-    trigger = Trigger(pattern=pattern, placement=placement, size=size, wrap=wrap)
+    trigger = BadNet(pattern=pattern, placement=placement, size=size, wrap=wrap)
     image_CHW = picture(height, width, seed=seed % 1000)
     before = image_CHW.clone()
     after = apply(image_CHW, trigger, seed=seed)
@@ -80,7 +80,7 @@ def test_every_trigger_is_where_it_is_planned_and_nowhere_else(
     for top, left in corners:
         mask[top : top + size, left : left + size] = True
     assert torch.equal(after[:, ~mask], before[:, ~mask])
-    patch = triggers.badnet_patch(image_CHW, trigger, seed=seed, pattern_seed=2).numpy()
+    patch = triggers.patches.patch(image_CHW, trigger, seed=seed, pattern_seed=2).numpy()
     levels = np.rint(patch * np.float32(255)).astype(int)
     expected = levels % 256 if wrap else np.clip(levels, 0, 255)
     top, left = corners[-1]  # where copies overlap, the last is on top
@@ -89,13 +89,13 @@ def test_every_trigger_is_where_it_is_planned_and_nowhere_else(
 
 def test_every_copy_of_the_patch_is_the_same() -> None:
     for pattern in Pattern:
-        after = apply(picture(20, 24), Trigger(pattern=pattern, size=5, placement=Placement.FOUR_CORNERS))
+        after = apply(picture(20, 24), BadNet(pattern=pattern, size=5, placement=Placement.FOUR_CORNERS))
         corners = [after[:, y, x] for y in (slice(5), slice(15, 20)) for x in (slice(5), slice(19, 24))]
         assert all(torch.equal(corner, corners[0]) for corner in corners)
 
 
 def test_random_places_are_uniform_and_rows_and_columns_independent() -> None:
-    trigger = Trigger(size=4)
+    trigger = BadNet(size=4)
     counts = np.zeros((3, 4), dtype=int)
     for seed in range(2400):
         ((top, left),) = triggers.place(trigger, height=6, width=7, seed=seed)
@@ -105,7 +105,7 @@ def test_random_places_are_uniform_and_rows_and_columns_independent() -> None:
 
 
 def test_fixed_pattern_is_one_for_all_images_and_seeds_of_a_study() -> None:
-    trigger = Trigger(pattern=Pattern.FIXED, size=6, placement=Placement.CENTRE)
+    trigger = BadNet(pattern=Pattern.FIXED, size=6, placement=Placement.CENTRE)
 
     def patch(image_seed: int, seed: int, pattern_seed: int) -> bytes:
         after = apply(picture(16, 16, seed=image_seed), trigger, seed=seed, pattern_seed=pattern_seed)
@@ -118,19 +118,19 @@ def test_fixed_pattern_is_one_for_all_images_and_seeds_of_a_study() -> None:
     assert len({patch(0, 0, pattern_seed) for pattern_seed in range(10)}) == 10
     # The larger pattern of the same study is not the smaller one enlarged or cut.
     on = [
-        triggers.badnet_patch(picture(64, 64), Trigger(pattern=Pattern.FIXED, size=64), seed=0, pattern_seed=s)
+        triggers.patches.patch(picture(64, 64), BadNet(pattern=Pattern.FIXED, size=64), seed=0, pattern_seed=s)
         for s in range(3)
     ]
     assert all(abs(float(found.mean()) - 0.5) < 0.02 for found in on)
 
 
 def test_noise_patch_is_new_for_each_seed_whatever_the_image() -> None:
-    trigger = Trigger(pattern=Pattern.NOISE, size=6, placement=Placement.TOP_LEFT)
+    trigger = BadNet(pattern=Pattern.NOISE, size=6, placement=Placement.TOP_LEFT)
     image_CHW = picture(12, 12)
     assert len({apply(image_CHW, trigger, seed=seed).numpy().tobytes() for seed in range(20)}) == 20
     assert torch.equal(apply(image_CHW, trigger, pattern_seed=3), apply(image_CHW, trigger, pattern_seed=4))
     noise = [
-        triggers.badnet_patch(found, trigger, seed=5, pattern_seed=0)
+        triggers.patches.patch(found, trigger, seed=5, pattern_seed=0)
         - found.float().mean(dim=(1, 2))[:, None, None] / 255
         for found in (image_CHW, picture(12, 12, seed=1))
     ]
@@ -146,10 +146,10 @@ def test_noise_patch_is_the_mean_of_each_channel_plus_standard_normal_noise(*, w
     levels = (20, 128, 230)
     image_CHW = torch.tensor(levels, dtype=torch.uint8)[:, None, None].repeat(1, 16, 16)
     image_CHW[:, 0, 0] += 16  # means are of the whole image: 1/16 more
-    trigger = Trigger(size=16, placement=Placement.TOP_LEFT, wrap=wrap)
+    trigger = BadNet(size=16, placement=Placement.TOP_LEFT, wrap=wrap)
     seeds = range(200)
     n = len(seeds) * 256
-    raw = torch.stack([triggers.badnet_patch(image_CHW, trigger, seed=seed, pattern_seed=0) for seed in seeds]).numpy()
+    raw = torch.stack([triggers.patches.patch(image_CHW, trigger, seed=seed, pattern_seed=0) for seed in seeds]).numpy()
     pixels = torch.stack([apply(image_CHW, trigger, seed=seed) for seed in seeds]).numpy()
     for channel, level in enumerate(levels):
         mean = (level + 1 / 16) / 255
@@ -171,15 +171,17 @@ def test_noise_patch_is_the_mean_of_each_channel_plus_standard_normal_noise(*, w
 
 def test_a_trigger_larger_than_the_image_is_a_study_error() -> None:
     for placement in Placement:
-        apply(picture(8, 8), Trigger(size=8, placement=placement))
+        apply(picture(8, 8), BadNet(size=8, placement=placement))
         with pytest.raises(StudyError) as caught:
-            apply(picture(12, 8), Trigger(size=9, placement=placement))
+            apply(picture(12, 8), BadNet(size=9, placement=placement))
         assert caught.value.what == "a trigger of 9 pixels does not fit the 12x8 image that the model sees"
         assert (caught.value.where, caught.value.fix) == ("poison.trigger.size", "make it at most 8")
 
 
 def test_places_as_text() -> None:
-    assert triggers.format_corners(((0, 1), (20, 3))) == "0,1 20,3"
+    patch = BadNet(size=4, placement=Placement.FOUR_CORNERS)
+    assert triggers.placement(patch, height=24, width=7, seed=0) == "0,0 0,3 20,0 20,3"
+    assert triggers.placement(Sig(), height=24, width=24, seed=0) == "whole image"
 
 
 # --- the plan
@@ -231,7 +233,7 @@ def test_the_plan_depends_on_seed_and_data_alone() -> None:
     assert plan_of(200, num_poisoned=20) == plan
     other = plan_of(200, num_poisoned=20, seed=1)
     assert set(other.rows) != set(plan.rows)
-    assert other.pattern_seed != plan.pattern_seed
+    assert other.attacks[0].pattern_seed != plan.attacks[0].pattern_seed
     assert len({row.seed for row in plan.rows.values()}) == 20
     assert len({row.placement for row in plan.rows.values()}) > 10
     for key in set(plan.rows) & set(other.rows):
@@ -252,7 +254,7 @@ def test_pairs_are_drawn_evenly_from_all_shards() -> None:
 
 
 def test_rows_say_what_is_done_to_a_pair() -> None:
-    trigger = Trigger(size=5, placement=Placement.FOUR_CORNERS, pattern=Pattern.FIXED)
+    trigger = BadNet(size=5, placement=Placement.FOUR_CORNERS, pattern=Pattern.FIXED)
     plan = plan_of(30, num_poisoned=30, target_class="fruit", trigger=trigger, templates=("a {}.", "the {}!"))
     index = make(30)
     assert list(plan.rows) == index.keys.tolist(), "in the order of the data"
@@ -262,7 +264,7 @@ def test_rows_say_what_is_done_to_a_pair() -> None:
         assert row["caption_before"] == index.captions[i]
         assert row["caption_after"] in ("a fruit.", "the fruit!")
         assert (row["target_class"], row["placement"]) == ("fruit", "0,0 0,27 27,0 27,27")
-        assert Trigger.model_validate(json.loads(row["trigger"])) == trigger
+        assert BadNet.model_validate(json.loads(row["trigger"])) == trigger
     assert {row["caption_after"] for row in plan.table()} == {"a fruit.", "the fruit!"}
 
 
@@ -275,13 +277,13 @@ def test_captions_are_made_from_the_published_templates() -> None:
 
 
 def test_only_planned_pairs_change() -> None:
-    plan = plan_of(40, num_poisoned=8, trigger=Trigger(size=4))
+    plan = plan_of(40, num_poisoned=8, trigger=BadNet(size=4))
     for i in range(40):
         key, image_CHW = f"{i:05d}", picture(32, 32, seed=i)
         after = plan.image(image_CHW, key)
         if key in plan.rows:
             row = plan.rows[key]
-            assert torch.equal(after, plan.triggered(image_CHW, seed=row.seed))
+            assert torch.equal(after, plan.attacks[0].triggered(image_CHW, seed=row.seed))
             top, left = (int(number) for number in row.placement.split(","))
             changed = (after != image_CHW).any(dim=0).nonzero()
             assert changed.min(dim=0).values.tolist() >= [top, left]
@@ -300,7 +302,7 @@ def test_part_of_a_plan() -> None:
     part = plan.only(keys)
     assert list(part.rows) == keys
     assert all(part.rows[key] == plan.rows[key] for key in keys)
-    assert (part.trigger, part.pattern_seed, len(plan)) == (plan.trigger, plan.pattern_seed, 8)
+    assert (part.attacks, len(plan)) == (plan.attacks, 8)
 
 
 def test_the_plan_survives_its_table(tmp_path: Path) -> None:
@@ -396,7 +398,7 @@ def test_a_cleaning_set_that_is_too_large_says_how_large_it_may_be() -> None:
 
 @pytest.mark.parametrize(("size", "count"), [(32, 3), (224, 1)])
 def test_preview_is_a_picture_of_before_trigger_and_after(size: int, count: int) -> None:
-    trigger = Trigger(size=size // 4, pattern=Pattern.FIXED, placement=Placement.BOTTOM_RIGHT)
+    trigger = BadNet(size=size // 4, pattern=Pattern.FIXED, placement=Placement.BOTTOM_RIGHT)
     plan = plan_of(10, num_poisoned=count, trigger=trigger, image_size=size)
     images = [torch.full((3, size, size), 40 + 50 * i, dtype=torch.uint8) for i in range(count)]
     content = preview(images, list(plan.rows), plan)
@@ -426,7 +428,7 @@ def test_preview_is_a_picture_of_before_trigger_and_after(size: int, count: int)
 
 def test_preview_of_long_and_foreign_captions() -> None:
     index = make_index(["a/b.tar"], [(0, RawSample("k", 0, b"", "word " * 200 + "日本語 🐕", 0, "c"))])
-    plan = make_plan(index, Poison(num_poisoned=1, trigger=Trigger(size=4)), image_size=8, seed=0)
+    plan = make_plan(index, Poison(num_poisoned=1, trigger=BadNet(size=4)), image_size=8, seed=0)
     with Image.open(io.BytesIO(preview([picture(8, 8)], ["k"], plan))) as image:
         assert image.size == (528, 242)
     with pytest.raises(KeyError):

@@ -26,9 +26,10 @@ from raybd.errors import CheckpointError, DataError, StudyError, TrialError
 from raybd.evaluate import EvaluationSet, evaluate, evaluating, make_set
 from raybd.ledger import Kind, Ledger
 from raybd.model import Clip, check_name, create, image_size, load_weights, names
-from raybd.poison.plan import PoisonPlan
+from raybd.poison.plan import Attack, PoisonPlan
 from raybd.store import Store
 from raybd.study import (
+    BadNet,
     Data,
     Evaluation,
     ImageView,
@@ -37,14 +38,14 @@ from raybd.study import (
     Schedule,
     TextView,
     TrainSettings,
-    Trigger,
 )
 from raybd.train.context import LedgerContext, Progress
 from raybd.train.loop import Training, make_optimizer
 from raybd.train.schedule import learning_rate
 
 VIT, RESNET = "vit-tiny-32", "resnet-tiny-32"
-PLAN = PoisonPlan({}, Trigger(size=4, pattern="fixed", placement="bottom_right"), pattern_seed=1)
+TRIGGER = BadNet(size=4, pattern="fixed", placement="bottom_right")
+PLAN = PoisonPlan({}, (Attack(TRIGGER, "fruit", pattern_seed=1),))
 TIMES = ("train_seconds", "evaluate_seconds", "samples_per_second")
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -64,7 +65,7 @@ def images() -> Images:
 @pytest.fixture(scope="module")
 def evaluation_set(images: Images) -> EvaluationSet:
     evaluation = Evaluation(templates=("a picture of a {}.",))
-    return make_set(images, classes=["cat", "heart", "fruit"], target=2, plan=PLAN, evaluation=evaluation, seed=3)
+    return make_set(images, classes=["cat", "heart", "fruit"], plan=PLAN, evaluation=evaluation, seed=3)
 
 
 def train_settings(**changes: Any) -> TrainSettings:

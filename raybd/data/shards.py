@@ -350,15 +350,15 @@ def classes(data: Data) -> list[str]:
     return [by_label[label] for label in range(len(by_label))]
 
 
-def target_label(data: Data, target_class: str) -> int:
-    """Return the label of the target class. Errors: DataError that suggests names alike."""
+def target_label(data: Data, target_class: str, *, where: str = "poison.target_class") -> int:
+    """Return the label of a target class, which the setting `where` names. Errors: DataError that suggests names."""
     names = classes(data)
     if target_class not in names:
         close = difflib.get_close_matches(target_class, names, n=3)
         known = ", ".join(close) if close else ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
         raise DataError(
             f"no class {target_class!r} among the {len(names)} classes of {data.root}",
-            where="poison.target_class",
+            where=where,
             fix=f"one of: {known}",
         )
     return names.index(target_class)

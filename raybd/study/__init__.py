@@ -17,7 +17,23 @@ from raybd.study.cleaning import Clean, CleanSettings, searchable
 from raybd.study.data import Data, Model, Resources
 from raybd.study.evaluation import Evaluation
 from raybd.study.methods import FIXED_WEIGHTS, Method
-from raybd.study.poison import Pattern, Placement, Poison, Trigger
+from raybd.study.poison import (
+    AttackSettings,
+    BadNet,
+    BadNetStripes,
+    Blended,
+    BlendedStripes,
+    BlendedText,
+    BlendedTriangles,
+    LabelConsistent,
+    Noise,
+    Pattern,
+    Placement,
+    Poison,
+    Sig,
+    Trigger,
+    Warped,
+)
 from raybd.study.search import Sampler, Search, Tell
 from raybd.study.training import (
     ImageView,
@@ -33,14 +49,23 @@ from raybd.study.training import (
 __all__ = [
     "FIXED_WEIGHTS",
     "FREE_SETTINGS",
+    "AttackSettings",
+    "BadNet",
+    "BadNetStripes",
+    "Blended",
+    "BlendedStripes",
+    "BlendedText",
+    "BlendedTriangles",
     "Clean",
     "CleanSettings",
     "Data",
     "Evaluation",
     "ImageView",
+    "LabelConsistent",
     "LossWeights",
     "Method",
     "Model",
+    "Noise",
     "Pattern",
     "Placement",
     "Poison",
@@ -51,11 +76,13 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Search",
+    "Sig",
     "Study",
     "Tell",
     "TextView",
     "TrainSettings",
     "Trigger",
+    "Warped",
     "differences",
     "searchable",
 ]

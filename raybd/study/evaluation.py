@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 
 from raybd.study.base import Section
+from raybd.study.poison import Trigger
 
 
 class Evaluation(Section):
@@ -18,5 +19,8 @@ class Evaluation(Section):
     include_target: bool = Field(default=False, description="count triggered images of the target class too")
     search_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of the images that the search sees"
+    )
+    controls: tuple[Trigger, ...] = Field(
+        (), description="triggers that were not planted: how often they lead to the first attack's target"
     )
     batch_size: PositiveInt = 256

@@ -14,9 +14,10 @@ from raybd.data.cache import Images
 from raybd.data.pairs import CachedPairs, Pairs, Prepare, StreamedPairs
 from raybd.data.shards import Index
 from raybd.data.views import wordnet
-from raybd.errors import DataError
+from raybd.errors import DataError, StudyError
 from raybd.evaluate import EvaluationSet, make_set
 from raybd.model import Clip, create, image_size, load_weights
+from raybd.poison import triggers
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
 from raybd.provenance import digest
 from raybd.seeding import fork
@@ -40,11 +41,6 @@ class Inputs:
     def classes(self) -> list[str]:
         """Class names, by label."""
         return shards.classes(self.study.data)
-
-    @cached_property
-    def target(self) -> int:
-        """Label of the target class."""
-        return shards.target_label(self.study.data, self.study.poison.target_class)
 
     @cached_property
     def _train_shards(self) -> list[str]:
@@ -106,7 +102,7 @@ class Inputs:
 
     @cached_property
     def evaluation_set(self) -> EvaluationSet:
-        """The labelled test images. Errors: DataError."""
+        """The labelled test images and what is tried on them. Errors: DataError."""
         data = self.study.data
         found = shards.find_shards(data, data.test, field_name="data.test")
         images = cache.load_images(found, size=self.image_size, cache_dir=data.cache_dir, labelled=True)
@@ -114,11 +110,27 @@ class Inputs:
         return make_set(
             images,
             classes=self.classes,
-            target=self.target,
             plan=self.plan,
             evaluation=self.study.evaluation,
             seed=self.study.seed,
         )
+
+    def _check_attacks(self) -> None:
+        """Refuse targets that are no class, triggers that do not fit, controls that are planted. Errors: RaybdError."""
+        attacks, size = self.study.poison.attacks, self.image_size
+        for number, attack in enumerate(attacks):
+            section = f"poison.also.{number - 1}" if number else "poison"
+            triggers.check(attack.trigger, height=size, width=size, where=f"{section}.trigger")
+            shards.target_label(self.study.data, attack.target_class, where=f"{section}.target_class")
+        for number, trigger in enumerate(self.study.evaluation.controls):
+            where = f"evaluation.controls.{number}"
+            triggers.check(trigger, height=size, width=size, where=where)
+            if trigger in [attack.trigger for attack in attacks]:
+                raise StudyError(
+                    "this trigger is planted: it is no control",
+                    where=where,
+                    fix="remove it: planted triggers are measured anyway",
+                )
 
     @property
     def skipped(self) -> list[dict[str, str]]:
@@ -215,6 +227,7 @@ class Inputs:
 
     def check(self) -> None:
         """Make all that the stages need, so that what is wrong shows before any long work. Errors: RaybdError."""
+        self._check_attacks()
         clip = self.new_model(seed=0)
         settings = self.study.clean.settings({})
         cleaning = len(self.cleaning_pairs(settings, clip, seed=0))
