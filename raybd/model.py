@@ -18,6 +18,7 @@ import open_clip
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from raybd.errors import CheckpointError, StudyError
 
@@ -138,6 +139,40 @@ def image_size(name: str) -> int:
     check_name(name)
     size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+@cache
+def _flops(name: str) -> tuple[int, int]:
+    """Return the operations of one image and its caption: of the forward pass, and of forward and backward pass.
+
+    Counted on a model without storage: matrix products, convolutions and attention, two operations for each
+    multiply-add. Elementwise work, the loss, the optimizer and what fused attention computes again are left out.
+    """
+    with torch.device("meta"), _quiet():
+        net = open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False, device="meta")
+    size, length = image_size(name), open_clip.get_tokenizer(name).context_length
+    with FlopCounterMode(display=False) as counter:
+        image_rows, text_rows, *_ = net(
+            torch.zeros(1, 3, size, size, device="meta"), torch.zeros(1, length, dtype=torch.long, device="meta")
+        )
+        forward = counter.get_total_flops()
+        (image_rows.sum() + text_rows.sum()).backward()
+    return forward, counter.get_total_flops()
+
+
+def forward_flops(name: str, *, images: int = 1) -> float:
+    """Return the floating-point operations of encoding so many images and captions. Errors: StudyError."""
+    check_name(name)
+    return float(_flops(name)[0] * images)
+
+
+def training_flops(name: str, *, images: int = 1) -> float:
+    """Return the operations of a forward and a backward pass of so many images and captions. Errors: StudyError.
+
+    A pair with augmented views counts as two.
+    """
+    check_name(name)
+    return float(_flops(name)[1] * images)
 
 
 @contextmanager
