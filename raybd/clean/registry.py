@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from raybd.clean.adversarial import AdversarialViews
 from raybd.clean.batchnorm import BatchNormRefresh, FrozenBatchNorm, require_layers
 from raybd.clean.cleanclip import CleanClip
+from raybd.clean.par import PerturbAndRecover
+from raybd.clean.sam import SharpnessAware
 from raybd.clean.weights import ImageTower, Interpolation, ShrinkAndPerturb
 from raybd.model import create
 from raybd.study import CleanSettings, Method, Study
@@ -22,6 +25,9 @@ METHODS: dict[Method, Callable[[CleanSettings, int], Recipe]] = {
     Method.BATCHNORM_REFRESH: lambda settings, seed: BatchNormRefresh(),
     Method.FROZEN_BATCHNORM: lambda settings, seed: FrozenBatchNorm(),
     Method.IMAGE_TOWER: lambda settings, seed: ImageTower(),
+    Method.PAR: lambda settings, seed: PerturbAndRecover(settings.par, seed),
+    Method.FT_SAM: lambda settings, seed: SharpnessAware(settings.ft_sam),
+    Method.ABD: lambda settings, seed: AdversarialViews(settings.abd, seed),
 }
 
 

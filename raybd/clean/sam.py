@@ -1,0 +1,82 @@
+"""FT-SAM: finetuning whose gradient is taken where the loss is worst nearby, nearby being relative to each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from raybd.data.pairs import Batch
+from raybd.objectives import Loss
+from raybd.study.methods import FtSam
+from raybd.train.loop import Training
+from raybd.train.recipe import Recipe
+
+
+@torch.no_grad()
+def ascent(weights: Sequence[Tensor], gradients: Sequence[Tensor], *, rho: float) -> list[Tensor]:
+    """Return ρ g w² / ‖|w| g‖ for each weight, the norm over all of them; zeros where no gradient is left.
+
+    Source: arXiv 2304.11823 (FT-SAM); the scaling by |w| is that of arXiv 2102.11600 (ASAM).
+    """
+    scaled = [weight.abs() * gradient for weight, gradient in zip(weights, gradients, strict=True)]
+    norm = torch.stack([part.norm() for part in scaled]).norm()
+    length = torch.where(norm > 0, rho / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
+    return [length * part * weight.abs() for part, weight in zip(scaled, weights, strict=True)]
+
+
+@contextmanager
+def _moved(weights: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
+    """Add to weights, and put them back afterwards to the same bits."""
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        for weight, change in zip(weights, by, strict=True):
+            weight.data.add_(change)
+        yield
+    finally:
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)
+
+
+@contextmanager
+def _untracked(net: nn.Module) -> Iterator[None]:
+    """Leave the statistics of BatchNorm as they are; layers in train mode still normalise by those of the batch."""
+    tracking = [part for part in net.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    for part in tracking:
+        part.track_running_stats = False
+    try:
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True
+
+
+@dataclass
+class SharpnessAware(Recipe):
+    """FT-SAM on the weighted sum of losses: two passes for each step, the optimizer's state and step as ever.
+
+    BatchNorm's statistics are those of the first pass, at the weights themselves. The loss that is reported is that
+    pass's too. The norm is over all trained parameters, logit scale and norms' gains included.
+    """
+
+    settings: FtSam
+
+    def step(self, run: Training, batch: Batch) -> Loss:
+        """Take the gradient at w + ρ g w² / ‖|w| g‖ and step from w. Errors: TrialError where either loss is bad."""
+        loss = self._backward(run, batch)
+        found = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        with _moved(found, ascent(found, [p.grad for p in found], rho=self.settings.rho)), _untracked(run.clip.net):
+            self._backward(run, batch)
+        run.optimizer.step()
+        return loss
+
+    def _backward(self, run: Training, batch: Batch) -> Loss:
+        loss = self.loss(run, batch)
+        run.check_finite(loss)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        return loss
