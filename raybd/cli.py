@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raybd.cli_data import data_app
 from raybd.errors import RaybdError, StudyError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from raybd import analysis
+    from raybd.console import View
+    from raybd.study_directory import Outcome
 
 FAILED_TRIALS, INTERRUPTED = 4, 130
 
@@ -43,10 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-data_app = typer.Typer(help="Bring data into the form that studies read: webdataset shards.", no_args_is_help=True)
-import_app = typer.Typer(help="Turn image folders, CSV lists or CIFAR-10 into shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-data_app.add_typer(import_app, name="import")
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]
@@ -57,6 +57,9 @@ RunDirOption = Annotated[str | None, typer.Option("--run-dir", help="where resul
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, `auto` or host:port; default: this machine")]
 CodeOption = Annotated[
     bool, typer.Option("--allow-code-change", help="go on with results that another version of raybd made")
+]
+NearestOption = Annotated[
+    bool, typer.Option("--nearest", help="of a learning rate not recorded, take the nearest that is")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", "-f", help="how to print")]
 
@@ -85,15 +88,24 @@ def _carry_out(
         run = Run(found, Store(where), view, address=address, allow_code_change=allow_code_change)
         outcome = run.run(Stage[until.upper()])
     except KeyboardInterrupt:
-        command = shlex.join(["raybd", *sys.argv[1:]])
-        view.line(f"\ninterrupted; what is done is kept. To go on:\n  {command}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise _interrupted(view) from None
+    _print_outcome(where, outcome, view)
+
+
+def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
+    """Print what a search led to. Errors: typer.Exit where trials failed."""
     _print_fronts(_read_run(where), kind=FrontKind.ANY_EPOCH)
     view.line(f"report: {outcome.report}")
     view.line(f"fronts again, with all other measures: raybd pareto {where}")
     if outcome.failed:
         view.warn(f"{outcome.failed} trials failed; the report says why")
         raise typer.Exit(FAILED_TRIALS)
+
+
+def _interrupted(view: View) -> typer.Exit:
+    """Say how to go on."""
+    view.line(f"\ninterrupted; what is done is kept. To go on:\n  {shlex.join(['raybd', *sys.argv[1:]])}")
+    return typer.Exit(INTERRUPTED)
 
 
 def _read_run(run: str) -> analysis.Run:
@@ -154,6 +166,34 @@ def pretrain(
 ) -> None:
     """Poison and pretrain only: one model for each pretrain objective."""
     _carry_out(study, set_, run_dir, address, until="pretrain", allow_code_change=allow_code_change)
+
+
+@app.command()
+def replay(
+    study: StudyArgument,
+    on: Annotated[str, typer.Option(metavar="PATH", help="recorded curves: a sweep.parquet, or a run directory")],
+    nearest: NearestOption = False,  # noqa: FBT002
+    set_: SetOption = None,
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="where results go  [default: runs/STUDY-replay]")
+    ] = None,
+    address: AddressOption = None,
+) -> None:
+    """Run a study's search against recorded curves: real Ray Tune, Optuna and tables, no training."""
+    from raybd import study_file
+    from raybd.console import View
+    from raybd.store import Store
+
+    found = study_file.load(study, overrides=set_ or [])
+    where = run_dir or f"runs/{found.name}-replay"
+    view = View()
+    from raybd.replaying import ReplayRun
+
+    try:
+        outcome = ReplayRun(found, Store(where), view, on=on, nearest=nearest, address=address).run()
+    except KeyboardInterrupt:
+        raise _interrupted(view) from None
+    _print_outcome(where, outcome, view)
 
 
 @app.command()
@@ -271,79 +311,6 @@ def _require_run(store: object) -> None:
     assert isinstance(store, Store)
     if not store.exists("study.json"):
         raise RaybdError("not a run directory", where=store.uri, fix="give the folder that `raybd run` made")
-
-
-def _print_imported(imported: object) -> None:
-    from raybd.data.imports import Imported
-
-    assert isinstance(imported, Imported)
-    counts = ", ".join(f"{number} {split}" for split, number in imported.samples.items())
-    typer.echo(f"{imported.out}: {counts} samples, {len(imported.classes)} classes")
-    for skip in imported.skipped[:10]:
-        typer.echo(f"  skipped {skip.source}: {skip.why}")
-    if len(imported.skipped) > 10:
-        typer.echo(f"  … {len(imported.skipped)} skipped in all")
-    typer.echo(f"use it: raybd run STUDY --set data.root={imported.out}")
-
-
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the shards")]
-TestShare = Annotated[float, typer.Option(help="share of the images kept for evaluation")]
-Template = Annotated[str, typer.Option(help="caption of an image, {} is its class")]
-
-
-@import_app.command("folder")
-def import_folder(
-    folder: Annotated[Path, typer.Argument(help="one sub-folder for each class, or train/ and test/ of such")],
-    out: OutArgument,
-    caption_template: Template = "a photo of a {}.",
-    test_share: TestShare = 0.1,
-    seed: int = 0,
-) -> None:
-    """Import an image folder."""
-    from raybd.data.imports import from_folder
-
-    _print_imported(from_folder(folder, out, caption_template=caption_template, test_share=test_share, seed=seed))
-
-
-@import_app.command("csv")
-def import_csv(
-    table: Annotated[Path, typer.Argument(help="CSV or TSV with a header")],
-    out: OutArgument,
-    image_column: Annotated[str, typer.Option(help="column of image paths")] = "image",
-    caption_column: Annotated[str, typer.Option(help="column of captions")] = "caption",
-    label_column: Annotated[str | None, typer.Option(help="column of class names")] = None,
-    root: Annotated[Path | None, typer.Option(help="what image paths are relative to  [default: the CSV]")] = None,
-    test_share: TestShare = 0.1,
-    seed: int = 0,
-) -> None:
-    """Import a list of image paths and captions."""
-    from raybd.data.imports import from_csv
-
-    _print_imported(
-        from_csv(
-            table,
-            out,
-            image_column=image_column,
-            caption_column=caption_column,
-            label_column=label_column,
-            root=root,
-            test_share=test_share,
-            seed=seed,
-        )
-    )
-
-
-@import_app.command("cifar10")
-def import_cifar10(
-    out: OutArgument,
-    root: Annotated[Path, typer.Option(help="folder of torchvision's download")] = Path("."),
-    download: Annotated[bool, typer.Option(help="download it there first")] = False,  # noqa: FBT002
-    caption_template: Template = "a photo of a {}.",
-) -> None:
-    """Import torchvision's CIFAR-10."""
-    from raybd.data.imports import from_cifar10
-
-    _print_imported(from_cifar10(out, root=root, download=download, caption_template=caption_template))
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ Row = dict[str, Any]
 
 _TRAINING = ("epoch", "step", "samples_seen", "lr", "loss", "loss_mmcl", "loss_ssl", "logit_scale", "broken")
 _SPEED = ("train_seconds", "evaluate_seconds", "samples_per_second")
+# What an epoch's record has beside its counts.
+RECORDED = (*_TRAINING, *_SPEED)
 
 
 def counts(record: Mapping[str, Any]) -> dict[str, Counts]:
@@ -45,7 +47,7 @@ def epoch_rows(entry: Entry) -> list[Row]:
     return [
         {
             **same,
-            **{name: record[name] for name in (*_TRAINING, *_SPEED)},
+            **{name: record[name] for name in RECORDED},
             "alpha": record.get("alpha"),
             "split": split,
             **found.columns(),

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Any
 
-from raybd import fronts, provenance, tables
-from raybd.console import SearchView, View
+from raybd import provenance, tables
+from raybd.console import View
 from raybd.errors import StudyError
-from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.metrics import ALIKE, STRONG
-from raybd.records import epoch_rows, pretrain_rows, trial_row
+from raybd.records import pretrain_rows
 from raybd.store import Store
-from raybd.study import FREE_SETTINGS, Study, differences
+from raybd.study import Study
+from raybd.study_directory import Outcome, StudyDirectory
 
 
 class Stage(IntEnum):
@@ -27,15 +23,7 @@ class Stage(IntEnum):
     SEARCH = 2
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a call to `run` leaves: trials that failed, and the path of the report."""
-
-    failed: int
-    report: str
-
-
-class Run:
+class Run(StudyDirectory):
     """A study in its run directory.
 
     Args:
@@ -57,38 +45,18 @@ class Run:
         # These import torch, which a report does without.
         from raybd.train.inputs import inputs_for
 
-        self.study, self.store, self.view, self.address = study, store, view, address
+        super().__init__(study, store, view, address=address)
         self.inputs = inputs_for(study)
-        self.ledger = Ledger(store)
-        self._share: Any = None
-        self._trial_rows: list[dict[str, Any]] = []
-        self._epoch_rows: list[dict[str, Any]] = []
-        self._earlier = self._open(allow_code_change=allow_code_change)
+        if self.earlier and not allow_code_change:
+            self._check_code(self.earlier["environment"]["raybd"])
 
-    def _open(self, *, allow_code_change: bool) -> dict[str, Any] | None:
-        """Return the record of a run directory to go on with; None for a new one, or one where nothing was trained."""
-        if not (self.store.exists("study.json") and self.store.names("ledger")):
-            return None
-        earlier: dict[str, Any] = json.loads(self.store.get("study.json"))
-        changed = [
-            found
-            for found in differences(earlier["study"], self.study.resolved())
-            if not found.partition(":")[0].startswith(FREE_SETTINGS)
-        ]
-        if changed:
-            raise StudyError(
-                "this run directory holds another study: " + "; ".join(changed),
-                where=self.store.uri,
-                fix="give another --run-dir, or undo the changes",
-            )
-        code = earlier["environment"]["raybd"]
-        if code != provenance.code_version() and not allow_code_change:
+    def _check_code(self, code: str) -> None:
+        if code != provenance.code_version():
             raise StudyError(
                 f"made by raybd {code}, this is {provenance.code_version()}: their numbers may differ",
                 where=self.store.uri,
                 fix="give another --run-dir, use that version, or pass --allow-code-change",
             )
-        return earlier
 
     def _record(self) -> dict[str, str]:
         """Write study, versions and the ids of the pretraining runs into the run directory; return the ids.
@@ -96,13 +64,13 @@ class Run:
         A run directory has one id for each pretrain objective, for good. Errors: StudyError where the data changed.
         """
         environment = provenance.environment()
-        if self._earlier:
-            environment["raybd"] = self._earlier["environment"]["raybd"]
+        if self.earlier:
+            environment["raybd"] = self.earlier["environment"]["raybd"]
         ids = {
             objective: self.inputs.pretrain_id(objective, code=environment["raybd"])
             for objective in self.study.pretrain.objectives
         }
-        if self._earlier and self._earlier["pretrain_ids"] != ids:
+        if self.earlier and self.earlier["pretrain_ids"] != ids:
             raise StudyError(
                 "the data, or the checkpoint to start from, are not those that this run directory was made with",
                 where=self.store.uri,
@@ -113,29 +81,18 @@ class Run:
             "hash": self.study.hash(),
             "pretrain_ids": ids,
             "environment": environment,
-            "created": self._earlier["created"] if self._earlier else datetime.now(UTC).isoformat(),
+            "created": self.earlier["created"] if self.earlier else datetime.now(UTC).isoformat(),
         }
         self.store.put("study.json", json.dumps(record, indent=1).encode())
         return ids
-
-    @contextmanager
-    def _cluster(self) -> Iterator[None]:
-        from raybd.cluster.session import session
-
-        with ExitStack() as stack:
-            with self.view.live("starting Ray"):
-                self._share = stack.enter_context(session(self.study.resources, address=self.address))
-            for what in self._share.missing:
-                self.view.warn(f"{what}: waiting for the cluster to grow")
-            yield
 
     def run(self, until: Stage = Stage.SEARCH) -> Outcome:
         """Carry the study out, as far as `until`. Errors: RaybdError, before any long work where it can be."""
         self.view.stage(f"study {self.study.name}: checking data, model and settings")
         ids = self.poison()
-        self._load_tables()
+        self.load_tables()
         if self._open_work(ids, until):
-            with self._cluster():
+            with self.cluster():
                 self.pretrain(ids)
                 if until >= Stage.SEARCH:
                     self.search(ids)
@@ -151,18 +108,8 @@ class Run:
             return True
         if until < Stage.SEARCH:
             return False
-        total, ended = self._trials(ids)
+        total, ended = self.trials(ids)
         return total > ended
-
-    def _trials(self, ids: dict[str, str]) -> tuple[int, int]:
-        """Return how many trials the study has in all, and how many have ended."""
-        from raybd.assignment import settle
-        from raybd.cluster.searcher import LedgerSearcher
-
-        entries = self.ledger.entries(Kind.TRIAL)
-        ended = sum(e.ended is not None and e.started["pretrain_id"] in ids.values() for e in entries)
-        searcher = LedgerSearcher(self.study, ids, entries, lambda task: settle(self.store, self.study, task))
-        return ended + searcher.remaining, ended
 
     def poison(self) -> dict[str, str]:
         """Check all inputs; write the plan, its preview and what was skipped; return the ids of the pretrainings."""
@@ -174,7 +121,7 @@ class Run:
         self.inputs.check()
         registry.check(self.study)
         ids, plan = self._record(), self.inputs.plan
-        if not (self._earlier and self.store.exists("tables/poison_plan/plan.parquet")):
+        if not (self.earlier and self.store.exists("tables/poison_plan/plan.parquet")):
             images = self.inputs.train_images(plan.examples(3))
             pictures = [torch.from_numpy(pixels) for pixels in images.values()]
             self.store.put("preview.png", preview(pictures, list(images), plan))
@@ -196,10 +143,10 @@ class Run:
 
         missing = {name: pretrain_id for name, pretrain_id in ids.items() if done(self.store, pretrain_id) is None}
         if missing:
-            workers = f"{self._share.num_workers} worker{'s' if self._share.num_workers > 1 else ''}"
+            workers = f"{self.share.num_workers} worker{'s' if self.share.num_workers > 1 else ''}"
             self.view.stage(f"pretraining {' and '.join(missing)}: {workers}")
             with self.view.follow_pretraining(self.store, missing):
-                run_pretraining(self.study, missing, self.store, self._share)
+                run_pretraining(self.study, missing, self.store, self.share)
         for pretrain_id in ids.values():
             entry = done(self.store, pretrain_id)
             assert entry is not None
@@ -238,65 +185,5 @@ class Run:
     def search(self, ids: dict[str, str]) -> None:
         """Run the trials that have not ended."""
         from raybd.clean.actor import CleanTrial
-        from raybd.cluster.search import run_search
 
-        total, ended = self._trials(ids)
-        if total == ended:
-            return
-        share = self._share
-        self.view.stage(f"search: {total} trials, {ended} done, {share.concurrent_trials} at a time")
-        view = SearchView(self.view, total=total, done=ended)
-
-        def on_end(entry: Entry) -> None:
-            self._add_trial(entry)
-            view.ended(entry)
-
-        with self.view.live("search: starting trials"):
-            clean = CleanTrial(threads=share.cpus_per_trial, use_gpu=share.use_gpu)
-            run_search(self.study, ids, self.store, share, clean, on_epoch=view.epoch, on_end=on_end)
-
-    def _add_trial(self, entry: Entry) -> None:
-        """Write the parts of a trial that has ended, then the fronts as they are with it."""
-        epochs, trial = self._write_trial(entry)
-        self._epoch_rows += epochs
-        self._trial_rows.append(trial)
-        self._update_fronts()
-
-    def _write_trial(self, entry: Entry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Write the parts of a trial that has ended, `trials` last: it says that all is there; return the rows."""
-        epochs, trial = epoch_rows(entry), trial_row(entry)
-        tables.write(self.store, "epochs", entry.id, epochs)
-        tables.write(self.store, "trials", entry.id, [trial])
-        return epochs, trial
-
-    def _load_tables(self) -> None:
-        """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
-        for entry in self.ledger.entries(Kind.TRIAL):
-            if entry.ended is not None and not self.store.exists(f"tables/trials/{entry.id}.parquet"):
-                self._write_trial(entry)
-        for entry in self.ledger.entries(Kind.PRETRAIN):
-            if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
-                tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
-        self._epoch_rows = tables.read(self.store, "epochs").to_pylist()
-        self._trial_rows = tables.read(self.store, "trials").to_pylist()
-
-    def _update_fronts(self) -> None:
-        """Write the fronts, then remove the weights of ended trials that are on none."""
-        by_objective: dict[str, list[dict[str, Any]]] = {}
-        for row in fronts.compute(self._epoch_rows, self._trial_rows):
-            by_objective.setdefault(row["objective"], []).append(row)
-        for objective, rows in by_objective.items():
-            tables.write(self.store, "fronts", objective, rows)
-        keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
-        ended = {row["trial_id"] for row in self._trial_rows}
-        for name in self.store.names("weights"):
-            if name not in keep and name.split("/")[1] in ended:
-                self.store.delete(name)
-
-    def finish(self) -> Outcome:
-        """Write fronts and report from what there is."""
-        from raybd.report import html
-
-        self._update_fronts()
-        failed = sum(row["state"] == State.FAILED for row in self._trial_rows)
-        return Outcome(failed=failed, report=html.write(self.store))
+        self.run_trials(ids, CleanTrial(threads=self.share.cpus_per_trial, use_gpu=self.share.use_gpu))

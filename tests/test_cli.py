@@ -30,6 +30,7 @@ OPTIONS = {
     "demo": {"--run-dir"},
     "run": {"--set", "--run-dir", "--address", "--allow-code-change"},
     "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change"},
+    "replay": {"--on", "--nearest", "--set", "--run-dir", "--address"},
     "poison": {"--set", "--run-dir", "--preview"},
     "validate": {"--set"},
     "pareto": {"--format", "-f", "--kind"},
@@ -37,6 +38,7 @@ OPTIONS = {
     "status": set(),
     "data import folder": {"--caption-template", "--test-share", "--seed"},
     "data import csv": {"--image-column", "--caption-column", "--label-column", "--root", "--test-share", "--seed"},
+    "data import-sweep": {"--only", "--baseline"},
     "data import cifar10": {"--root", "--download", "--no-download", "--caption-template"},
 }
 

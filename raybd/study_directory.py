@@ -1,0 +1,164 @@
+"""A study in its run directory: Ray, the search, and what becomes of its trials; whether they train or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from raybd import fronts, tables
+from raybd.assignment import CarryOut, settle
+from raybd.console import SearchView, View
+from raybd.errors import StudyError
+from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.records import epoch_rows, pretrain_rows, trial_row
+from raybd.store import Store
+from raybd.study import FREE_SETTINGS, Resources, Study, differences
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call to `run` leaves: trials that failed, and the path of the report."""
+
+    failed: int
+    report: str
+
+
+class StudyDirectory:
+    """A run directory and the study that it holds.
+
+    Args:
+        address: of a Ray cluster; None uses this machine.
+
+    Attributes:
+        kind: what the record of the directory says it holds.
+        keeps_weights: its trials leave models behind.
+        earlier: the record that an earlier call left; None in a new directory.
+        share: what the study has of the cluster, while there is one.
+
+    Errors: StudyError where the directory holds another study.
+    """
+
+    kind = "study"
+    keeps_weights = True
+
+    def __init__(self, study: Study, store: Store, view: View, *, address: str | None = None) -> None:
+        self.study, self.store, self.view, self.address = study, store, view, address
+        self.ledger = Ledger(store)
+        self.share: Any = None
+        self._trial_rows: list[dict[str, Any]] = []
+        self._epoch_rows: list[dict[str, Any]] = []
+        self.earlier = self._open()
+
+    def _open(self) -> dict[str, Any] | None:
+        """Return the record of a run directory to go on with; None for a new one, or one where nothing was done."""
+        if not self.store.exists("study.json"):
+            return None
+        earlier: dict[str, Any] = json.loads(self.store.get("study.json"))
+        kind = earlier.get("kind", "study")
+        if kind != self.kind:
+            raise StudyError(
+                f"this run directory holds another thing: {kind}", where=self.store.uri, fix="give another --run-dir"
+            )
+        if not self.store.names("ledger"):
+            return None
+        changed = [
+            found
+            for found in differences(earlier["study"], self.study.resolved())
+            if not found.partition(":")[0].startswith(FREE_SETTINGS)
+        ]
+        if changed:
+            raise StudyError(
+                "this run directory holds another study: " + "; ".join(changed),
+                where=self.store.uri,
+                fix="give another --run-dir, or undo the changes",
+            )
+        return earlier
+
+    @contextmanager
+    def cluster(self, resources: Resources | None = None) -> Iterator[None]:
+        """Connect to Ray for the length of a `with`; `resources` stand in for the study's own."""
+        from raybd.cluster.session import session
+
+        with ExitStack() as stack:
+            with self.view.live("starting Ray"):
+                self.share = stack.enter_context(session(resources or self.study.resources, address=self.address))
+            for what in self.share.missing:
+                self.view.warn(f"{what}: waiting for the cluster to grow")
+            yield
+
+    def trials(self, ids: dict[str, str]) -> tuple[int, int]:
+        """Return how many trials the study has in all, and how many have ended."""
+        from raybd.cluster.searcher import LedgerSearcher
+
+        entries = self.ledger.entries(Kind.TRIAL)
+        ended = sum(e.ended is not None and e.started["pretrain_id"] in ids.values() for e in entries)
+        searcher = LedgerSearcher(self.study, ids, entries, lambda task: settle(self.store, self.study, task))
+        return ended + searcher.remaining, ended
+
+    def run_trials(self, ids: dict[str, str], carry_out: CarryOut) -> None:
+        """Run the trials that have not ended, each as `carry_out` does it."""
+        from raybd.cluster.search import run_search
+
+        total, ended = self.trials(ids)
+        if total == ended:
+            return
+        share = self.share
+        self.view.stage(f"search: {total} trials, {ended} done, {share.concurrent_trials} at a time")
+        view = SearchView(self.view, total=total, done=ended)
+
+        def on_end(entry: Entry) -> None:
+            self._add_trial(entry)
+            view.ended(entry)
+
+        with self.view.live("search: starting trials"):
+            run_search(self.study, ids, self.store, share, carry_out, on_epoch=view.epoch, on_end=on_end)
+
+    def _add_trial(self, entry: Entry) -> None:
+        """Write the parts of a trial that has ended, then the fronts as they are with it."""
+        epochs, trial = self._write_trial(entry)
+        self._epoch_rows += epochs
+        self._trial_rows.append(trial)
+        self._update_fronts()
+
+    def _write_trial(self, entry: Entry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Write the parts of a trial that has ended, `trials` last: it says that all is there; return the rows."""
+        epochs, trial = epoch_rows(entry), trial_row(entry)
+        tables.write(self.store, "epochs", entry.id, epochs)
+        tables.write(self.store, "trials", entry.id, [trial])
+        return epochs, trial
+
+    def load_tables(self) -> None:
+        """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
+        for entry in self.ledger.entries(Kind.TRIAL):
+            if entry.ended is not None and not self.store.exists(f"tables/trials/{entry.id}.parquet"):
+                self._write_trial(entry)
+        for entry in self.ledger.entries(Kind.PRETRAIN):
+            if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
+                tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
+        self._epoch_rows = tables.read(self.store, "epochs").to_pylist()
+        self._trial_rows = tables.read(self.store, "trials").to_pylist()
+
+    def _update_fronts(self) -> None:
+        """Write the fronts, then remove the weights of ended trials that are on none."""
+        by_objective: dict[str, list[dict[str, Any]]] = {}
+        for row in fronts.compute(self._epoch_rows, self._trial_rows):
+            by_objective.setdefault(row["objective"], []).append(row)
+        for objective, rows in by_objective.items():
+            kept = rows if self.keeps_weights else [{**row, "checkpoint": None} for row in rows]
+            tables.write(self.store, "fronts", objective, kept)
+        keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
+        ended = {row["trial_id"] for row in self._trial_rows}
+        for name in self.store.names("weights"):
+            if name not in keep and name.split("/")[1] in ended:
+                self.store.delete(name)
+
+    def finish(self) -> Outcome:
+        """Write fronts and report from what there is."""
+        from raybd.report import html
+
+        self._update_fronts()
+        failed = sum(row["state"] == State.FAILED for row in self._trial_rows)
+        return Outcome(failed=failed, report=html.write(self.store))
