@@ -37,6 +37,9 @@ _TRAINING = [
 _SPEED = [("train_seconds", _float), ("evaluate_seconds", _float), ("samples_per_second", _float)]
 # A cleaning trial's settings, one typed column each, whether searched or not.
 SETTINGS: dict[str, tuple[str, pa.DataType]] = {
+    "num_samples": ("num_samples", _int),
+    "leaked_poison": ("leaked_poison", _int),
+    "leaked_share": ("leaked_share", _float),
     "epochs": ("epochs_planned", _int),
     "batch_size": ("batch_size", _int),
     "lr": ("lr", _float),

@@ -388,6 +388,7 @@ def test_rows_of_a_trial_running_and_ended(store: Store) -> None:
         **{"params_json": '{"epochs": 2, "lr": 0.0003}', "epochs_planned": 2, "batch_size": 64, "warmup_steps": 50},
         **{"lr": 3e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "precision": "auto"},
         **{"loss_weights.mmcl": 1.0, "loss_weights.ssl": 4.0, "image_view": "autoaugment", "text_view": "eda"},
+        **{"num_samples": 100_000, "leaked_poison": 0, "leaked_share": 0.0, "schedule": "cosine"},
         **{name: value for name, value in row.items() if name.partition(".")[0] in METHOD_SECTIONS},
         "started": datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC),
         "ended": datetime(2025, 1, 2, 2, 5, 5, tzinfo=UTC),
@@ -518,7 +519,7 @@ def test_code_version_depends_on_numeric_code_alone(package: Path) -> None:
     (package / "data" / "notes.txt").write_text("no code")
     assert code_version() == before
     seen = {before}
-    numeric = ["objectives.py", "evaluate.py", "model.py", "seeding.py", "poison/triggers.py", "data/views.py"]
+    numeric = ["objectives.py", "evaluate.py", "model.py", "seeding.py", "poison/plan.py", "data/views.py"]
     numeric += ["data/pairs.py", "train/loop.py", "clean/cleanclip.py", "model_configs/resnet-tiny-32.json"]
     for name in numeric:
         (package / name).write_bytes((package / name).read_bytes() + b"\n")

@@ -195,6 +195,9 @@ def cleaning_rows(
 ) -> tuple[NDArray[np.int64], PoisonPlan]:
     """Draw the cleaning set from the pairs that the plan leaves alone, and leak poisoned ones into it on purpose.
 
+    Sets of one seed are nested: a smaller one has no clean pair that a larger one lacks, fewer leaked ones are among
+    more. What differs between two sizes is then the size, not the draw.
+
     Returns: rows of `index` in order (num_samples of them, leaked ones included), and the plan of the leaked.
 
     Errors: DataError where there are too few pairs.
@@ -208,7 +211,6 @@ def cleaning_rows(
             where="clean.num_samples",
             fix=f"ask for at most {len(clean)} clean pairs",
         )
-    draw = np.random.default_rng(fork(seed, "clean", "pairs"))
-    kept = draw.choice(clean, size=num_samples - leaked_poison, replace=False)
-    leaked = draw.choice(dirty, size=leaked_poison, replace=False)
+    kept = np.random.default_rng(fork(seed, "clean", "pairs")).permutation(clean)[: num_samples - leaked_poison]
+    leaked = np.random.default_rng(fork(seed, "clean", "leaked")).permutation(dirty)[:leaked_poison]
     return np.sort(np.concatenate([kept, leaked])), plan.only([str(index.keys[i]) for i in sorted(leaked)])

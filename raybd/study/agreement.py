@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 
-from raybd.space import Range
+from raybd.space import Range, Value
 from raybd.study.cleaning import Clean, CleanSettings
 from raybd.study.methods import Method, users
 
@@ -39,6 +40,8 @@ def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
     Without this a trial's record would show values that changed nothing, and a sampler would learn from them.
     """
     possible = methods(clean, space)
+    if all(any(values(clean, space, name)) for name in ("leaked_poison", "leaked_share")):
+        yield "leaked_poison and leaked_share: a trial may have one of the two, set the other to 0"
     for name in space:
         idle = _drawn_for(name, space, possible) - users(name)
         if idle:
@@ -50,6 +53,26 @@ def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
         given = getattr(clean, section)
         if given != field.default and not possible & users(section):
             yield f"clean.{section}: has no effect on {_list(possible)}, only on {_list(users(section))}: remove it"
+
+
+def values(clean: Clean, space: Mapping[str, Range], name: str) -> list[Value]:
+    """Return the smallest and the largest value that trials may have of a setting, or all that it may choose from."""
+    found = space.get(name)
+    own: list[Value] = [getattr(clean, name)]
+    if found is None:
+        return own
+    given = found.choices if found.choices is not None else (found.low, found.high)
+    ends = [value for value in given if value is not None]
+    return [*ends, *own] if found.when else ends
+
+
+def cleaning_sets(clean: Clean, space: Mapping[str, Range]) -> list[CleanSettings]:
+    """Return settings for each combination of sizes and leaks at the ends of what trials may have."""
+    names = ("num_samples", "leaked_poison", "leaked_share")
+    ends = [
+        sorted({min(found, key=float), max(found, key=float)}) for found in (values(clean, space, n) for n in names)
+    ]
+    return [clean.settings(dict(zip(names, point, strict=True))) for point in product(*ends)]
 
 
 def _fix(left: frozenset[Method]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from raybd.study.base import PositiveFloat, Section
+from raybd.study.base import Fraction, PositiveFloat, Section
 from raybd.study.methods import (
     FIXED_WEIGHTS,
     Abd,
@@ -27,6 +27,9 @@ class CleanSettings(TrainSettings):
     """The settings of one cleaning trial: each may be searched."""
 
     method: Method = Method.CLEANCLIP
+    num_samples: PositiveInt = Field(100_000, description="cleaning pairs, drawn from what the poison left alone")
+    leaked_poison: NonNegativeInt = Field(0, description="poisoned pairs that slip into the cleaning set")
+    leaked_share: Fraction = Field(0.0, description="the same as a share of the cleaning set")
     epochs: PositiveInt = 20
     batch_size: Annotated[int, Field(ge=2)] = 64
     lr: PositiveFloat = 1e-4
@@ -46,19 +49,27 @@ class CleanSettings(TrainSettings):
         """Take CleanCLIP's weight, 1, for one that is left out."""
         return {"mmcl": 1.0, "ssl": 1.0, **given} if isinstance(given, dict) else given
 
+    @model_validator(mode="after")
+    def _one_leak(self) -> Self:
+        if self.leaked_poison and self.leaked_share:
+            raise ValueError("give leaked_poison or leaked_share, one of the two")
+        return self
+
+    @property
+    def num_leaked(self) -> int:
+        """Poisoned pairs in the cleaning set."""
+        return self.leaked_poison or round(self.leaked_share * self.num_samples)
+
 
 class Clean(CleanSettings):
-    """Cleaning: the set it finetunes on, and the settings wherever the search does not draw them."""
-
-    num_samples: PositiveInt = Field(100_000, description="cleaning pairs, drawn from what the poison left alone")
-    leaked_poison: NonNegativeInt = Field(0, description="poisoned pairs that slip into the cleaning set")
+    """Cleaning: the settings of trials wherever the search does not draw them."""
 
     def settings(self, params: Mapping[str, Any]) -> CleanSettings:
         """Return the settings with the searched `params` (dotted names) put in, and the method's own loss weights.
 
         Errors: pydantic's ValidationError.
         """
-        values = self.model_dump(exclude={"num_samples", "leaked_poison"})
+        values = self.model_dump()
         for name, value in params.items():
             *parents, leaf = name.split(".")
             inner = values

@@ -17,6 +17,7 @@ class Data(Section):
     test: str | tuple[str, ...] = Field("test/*.tar*", description="labelled shards to evaluate on; may be full URLs")
     classes: str = Field("classes.json", description="JSON list of classes, or imagenet, cifar10, cifar100, caltech101")
     max_train_samples: PositiveInt | None = Field(None, description="use only the first so many training pairs")
+    max_test_samples: PositiveInt | None = Field(None, description="use only the first so many test images")
     max_broken: Fraction = Field(0.01, description="share of unusable samples above which the data is refused")
     cache_gb: NonNegativeFloat = Field(8.0, description="decode training pairs once if they fit in this; else stream")
     cache_dir: str | None = Field(None, description="where decoded images are kept; default: the user's cache folder")

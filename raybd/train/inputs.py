@@ -21,7 +21,7 @@ from raybd.poison import triggers
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
 from raybd.provenance import digest
 from raybd.seeding import fork
-from raybd.study import Study, TrainSettings
+from raybd.study import CleanSettings, Study, TrainSettings, agreement
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Inputs:
         images = cache.load_images(found, size=self.image_size, cache_dir=data.cache_dir, labelled=True)
         self._check(images.index, "data.test")
         return make_set(
-            images,
+            images.take(np.arange(min(len(images.index), data.max_test_samples or len(images.index)))),
             classes=self.classes,
             plan=self.plan,
             evaluation=self.study.evaluation,
@@ -156,28 +156,36 @@ class Inputs:
             shuffle_buffer=data.shuffle_buffer,
         )
 
-    @cached_property
-    def _cleaning(self) -> tuple[Images, PoisonPlan]:
-        clean = self.study.clean
-        rows, leaked = cleaning_rows(
+    def _cleaning_rows(self, settings: CleanSettings) -> tuple[NDArray[np.int64], PoisonPlan]:
+        return cleaning_rows(
             self.train_index,
             self.plan,
-            num_samples=clean.num_samples,
-            leaked_poison=clean.leaked_poison,
+            num_samples=settings.num_samples,
+            leaked_poison=settings.num_leaked,
             seed=self.study.seed,
         )
+
+    @cached_property
+    def _cleaning_images(self) -> Images:
+        """The images of every cleaning set that a trial may have, decoded once. Errors: DataError."""
+        sets = agreement.cleaning_sets(self.study.clean, self.study.search.space)
+        rows = np.unique(np.concatenate([self._cleaning_rows(settings)[0] for settings in sets]))
         if not self.streamed:
-            return self._train_images.take(rows), leaked
+            return self._train_images.take(rows)
         keys = {str(key) for key in self.train_index.keys[rows]}
         images = cache.load_images(
             self._train_shards, size=self.image_size, cache_dir=self.study.data.cache_dir, keys=keys
         )
         self._check(images.index, "the cleaning set")
-        return images, leaked
+        return images
 
-    def cleaning_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
-        """Return the cleaning pairs: clean, but for what is leaked on purpose. Errors: DataError."""
-        images, leaked = self._cleaning
+    def _cleaning(self, settings: CleanSettings) -> tuple[Images, PoisonPlan]:
+        images, (rows, leaked) = self._cleaning_images, self._cleaning_rows(settings)
+        return images.take(np.flatnonzero(np.isin(images.index.keys, self.train_index.keys[rows]))), leaked
+
+    def cleaning_pairs(self, settings: CleanSettings, clip: Clip, *, seed: int) -> Pairs:
+        """Return the cleaning pairs of a trial: clean, but for what is leaked on purpose. Errors: DataError."""
+        images, leaked = self._cleaning(settings)
         return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
 
     def new_model(self, *, seed: int) -> Clip:
@@ -229,9 +237,9 @@ class Inputs:
         """Make all that the stages need, so that what is wrong shows before any long work. Errors: RaybdError."""
         self._check_attacks()
         clip = self.new_model(seed=0)
-        settings = self.study.clean.settings({})
-        cleaning = len(self.cleaning_pairs(settings, clip, seed=0))
-        if not len(self.evaluation_set.images.index) or not cleaning:
+        sets = agreement.cleaning_sets(self.study.clean, self.study.search.space)
+        smallest = min(len(self.cleaning_pairs(settings, clip, seed=0)) for settings in sets)
+        if not len(self.evaluation_set.images.index) or not smallest:
             raise DataError("nothing to evaluate or to clean on", where="data")
 
 
