@@ -268,6 +268,50 @@ def pareto(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="run directory, or a file of weights")],
+    data: Annotated[str | None, typer.Option(help="root of other shards  [default: the study's]")] = None,
+    test: Annotated[str | None, typer.Option(help="their pattern  [default: test/*.tar*]")] = None,
+    classes: Annotated[str | None, typer.Option(help="name or file  [default: classes.json of the root]")] = None,
+    templates: Annotated[str | None, typer.Option(help="name of prompt templates  [default: the study's]")] = None,
+    target_class: Annotated[str | None, typer.Option(help="of the attack, in these classes")] = None,
+    retrieval: Annotated[bool, typer.Option("--retrieval", help="recall of captions, not classes")] = False,  # noqa: FBT002
+    point: Annotated[list[str] | None, typer.Option(metavar="TRIAL:EPOCH", help="these, not the front")] = None,
+    study: Annotated[str | None, typer.Option(help="for a file: the study with its trigger")] = None,
+    name: Annotated[str | None, typer.Option("--model", help="for a file: open_clip name, if not the study's")] = None,
+    format_: FormatOption = Format.TABLE,
+) -> None:
+    """Evaluate the poisoned models and front points of a run, or a file of weights, on any labelled shards."""
+    from raybd.store import Store
+
+    lone = Path(model).is_file()
+    if lone != bool(study) or (name and not lone) or (point and lone):
+        raise StudyError(
+            "a file of weights needs --study, a run has its own",
+            where=model,
+            expected="raybd evaluate RUN [--point …], or raybd evaluate FILE --study STUDY [--model NAME]",
+        )
+    if not lone:
+        _require_run(Store(model))
+    from raybd import evaluations
+
+    task = evaluations.Task.RETRIEVAL if retrieval else evaluations.Task.ZEROSHOT
+    request = evaluations.Request(task, data, test, classes, templates, target_class)
+    if study:
+        rows = evaluations.evaluate_file(model, request, study=study, model=name)
+    else:
+        rows = evaluations.evaluate_run(Store(model), request, chosen=point or ())
+    from raybd.report import evaluations as shown
+
+    if format_ is Format.JSON:
+        typer.echo(shown.as_json(rows))
+    elif format_ is Format.CSV:
+        typer.echo(shown.as_csv(rows), nl=False)
+    else:
+        _print_tables(shown.evaluation_tables(rows))
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write report.html of a run from its tables."""
     from raybd.report import html

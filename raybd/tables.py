@@ -35,6 +35,18 @@ _TRAINING = [
     ("logit_scale", _float),
 ]
 _SPEED = [("train_seconds", _float), ("evaluate_seconds", _float), ("samples_per_second", _float)]
+# Retrieval: shares and counts of right answers among the first k.
+RECALL_AT = (1, 5, 10)
+_RETRIEVAL = [
+    ("n_images", _int),
+    ("n_texts", _int),
+    *(
+        (f"{measure}{kind}_at_{k}", column)
+        for measure in ("image_to_text", "text_to_image", "retrieval_asr", "retrieval_control")
+        for k in RECALL_AT
+        for kind, column in (("", _float), ("_hits", _int))
+    ),
+]
 # A cleaning trial's settings, one typed column each, whether searched or not.
 SETTINGS: dict[str, tuple[str, pa.DataType]] = {
     "num_samples": ("num_samples", _int),
@@ -159,6 +171,30 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("checkpoint", _text),
             ("baseline_top1", _float),
             ("baseline_asr", _float),
+        ]
+    ),
+    "evaluations": pa.schema(
+        [
+            ("study", _text),
+            ("study_hash", _text),
+            ("pretrain_id", _text),
+            ("objective", _text),
+            ("method", _text),
+            ("trial_id", _text),
+            ("epoch", _int),
+            ("checkpoint", _text),
+            ("task", _text),
+            ("data", _text),
+            ("data_hash", _text),
+            ("split", _text),
+            ("classes", _text),
+            ("templates", _text),
+            ("role", _text),
+            ("trigger", _text),
+            ("target_class", _text),
+            *_RATES,
+            *_RETRIEVAL,
+            ("code", _text),
         ]
     ),
 }

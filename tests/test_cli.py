@@ -34,6 +34,19 @@ OPTIONS = {
     "poison": {"--set", "--run-dir", "--preview"},
     "validate": {"--set"},
     "pareto": {"--format", "-f", "--kind"},
+    "evaluate": {
+        "--data",
+        "--test",
+        "--classes",
+        "--templates",
+        "--target-class",
+        "--retrieval",
+        "--point",
+        "--study",
+        "--model",
+        "--format",
+        "-f",
+    },
     "report": set(),
     "status": set(),
     "data import folder": {"--caption-template", "--test-share", "--seed"},
@@ -73,7 +86,9 @@ def loaded_by(arguments: list[str]) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pareto", "--help"], ["validate", str(TINY)], ["status", "."]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pareto", "--help"], ["evaluate", "--help"], ["validate", str(TINY)], ["status", "."]]
+)
 def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:
     assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}
 

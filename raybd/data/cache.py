@@ -26,7 +26,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from raybd.data.shards import Index, RawSample, Skipped, array_of_tuples, decode, make_index, samples
+from raybd.data.shards import NO_LABEL, Index, RawSample, Skipped, array_of_tuples, decode, make_index, samples
 from raybd.errors import DataError
 from raybd.provenance import digest
 
@@ -154,7 +154,7 @@ def _decode_to(home: Path, shards: Sequence[str], *, size: int, labelled: bool, 
         found = hashlib.sha256()
         for chunk in _chunks(_wanted(shards, keys)):
             for (number, sample), image in zip(chunk, pool.map(lambda pair: _try(pair[1], size), chunk), strict=True):
-                problem = image if isinstance(image, str) else "no label" if labelled and sample.label < 0 else ""
+                problem = image if isinstance(image, str) else NO_LABEL if labelled and sample.label < 0 else ""
                 entries.append((number, replace(sample, image=b"", problem=problem)))
                 if not isinstance(image, str) and not problem:
                     pixels.write(image.tobytes())

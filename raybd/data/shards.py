@@ -30,6 +30,7 @@ from raybd.study import Data
 from raybd.study_file import embedded
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+NO_LABEL = "no label"
 _MAX_PIXELS = 64_000_000
 
 
@@ -269,7 +270,7 @@ def make_index(shards: Sequence[str], found: Sequence[tuple[int, RawSample]], *,
     skipped: list[Skipped] = []
     seen: dict[str, int] = {}
     for number, sample in found:
-        problem = sample.problem or ("no label" if labelled and sample.label < 0 else "")
+        problem = sample.problem or (NO_LABEL if labelled and sample.label < 0 else "")
         if problem:
             skipped.append(Skipped(shards[number], sample.key, problem))
             continue

@@ -100,6 +100,15 @@ class PoisonPlan:
         return [key for key in self.rows if key in chosen]
 
 
+def planted(poison: Poison, *, seed: int) -> tuple[Attack, ...]:
+    """Return a study's attacks, without the pairs that carry them."""
+    return tuple(
+        # The first attack is the same whether others follow or not.
+        Attack(one.trigger, one.target_class, fork(seed, "poison", "pattern", *((number,) if number else ())))
+        for number, one in enumerate(poison.attacks)
+    )
+
+
 def make_plan(index: Index, poison: Poison, *, image_size: int, seed: int) -> PoisonPlan:
     """Draw which pairs are poisoned, and with what. A pair carries one trigger at most.
 
@@ -113,12 +122,11 @@ def make_plan(index: Index, poison: Poison, *, image_size: int, seed: int) -> Po
     left = np.ones(len(index), dtype=bool)
     attacks: list[Attack] = []
     rows: dict[str, Poisoned] = {}
-    for number, settings in enumerate(poison.attacks):
+    for number, (settings, attack) in enumerate(zip(poison.attacks, planted(poison, seed=seed), strict=True)):
         section = "poison" if number == 0 else f"poison.also.{number - 1}"
         triggers.check(settings.trigger, height=image_size, width=image_size, where=f"{section}.trigger")
         # The first attack is drawn the same whether others follow or not.
         labels = (number,) if number else ()
-        attack = Attack(settings.trigger, settings.target_class, fork(seed, "poison", "pattern", *labels))
         chosen = _draw(index, settings, left, section=section, seed=fork(seed, "poison", "pairs", *labels))
         left[chosen] = False
         attacks.append(attack)
