@@ -5,11 +5,12 @@ C classes, T templates, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -68,11 +69,6 @@ class EvaluationSet:
     num_classes: int
     batch_size: int
 
-    @property
-    def pooled_only(self) -> bool:
-        """Whether there is nothing to tell apart: one planted attack and no control."""
-        return len(self.probes) == 1
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -80,6 +76,35 @@ class Measured:
 
     counts: dict[str, Counts]
     by_probe: tuple[dict[str, Counts], ...]
+
+    def numbers(self) -> list[float]:
+        """Return all counts in a row, so that ranks can add theirs up."""
+        return [float(count) for part in self._parts() for count in vars(part).values()]
+
+    def holding(self, numbers: Iterable[float]) -> Measured:
+        """Return a measurement of the same form that holds these `numbers`."""
+        given = iter(numbers)
+        parts = iter([Counts(**{name: int(next(given)) for name in vars(part)}) for part in self._parts()])
+        pooled, *alone = [dict(zip(SPLITS, parts, strict=False)) for _ in (self.counts, *self.by_probe)]
+        return Measured(pooled, tuple(alone))
+
+    def records(self, found: EvaluationSet) -> dict[str, Any]:
+        """Return what an epoch's record keeps: the counts, and those of each attack where there is more than one."""
+        record: dict[str, Any] = {"counts": {split: vars(counts) for split, counts in self.counts.items()}}
+        if len(found.probes) > 1:
+            record["attacks"] = [
+                {
+                    "role": probe.role,
+                    "trigger": probe.attack.text(),
+                    "target_class": probe.attack.target_class,
+                    "counts": {split: vars(counts) for split, counts in own.items()},
+                }
+                for probe, own in zip(found.probes, self.by_probe, strict=True)
+            ]
+        return record
+
+    def _parts(self) -> list[Counts]:
+        return [halves[split] for halves in (self.counts, *self.by_probe) for split in SPLITS]
 
 
 def make_set(

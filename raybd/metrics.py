@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 SPLITS = ("search", "report")
@@ -57,11 +57,17 @@ class Counts:
         sums: dict[str, Any] = {name: None if None in pair else sum(pair) for name, pair in both.items()}
         return Counts(**sums)
 
-    def columns(self) -> dict[str, float | int | None]:
-        """Return accuracy, ASR and robust accuracy as fractions, with the counts: columns of the tables."""
+    def attack_columns(self) -> dict[str, float | int | None]:
+        """Return ASR and robust accuracy as fractions, with their counts."""
         return {
-            "zeroshot_top1": self.correct_clean / self.n_clean,
             "asr_top1": self.hit_target / self.n_triggered,
             "robust_top1": None if self.correct_triggered is None else self.correct_triggered / self.n_triggered,
-            **asdict(self),
+            "n_triggered": self.n_triggered,
+            "hit_target": self.hit_target,
+            "correct_triggered": self.correct_triggered,
         }
+
+    def columns(self) -> dict[str, float | int | None]:
+        """Return accuracy, ASR and robust accuracy as fractions, with the counts: columns of the tables."""
+        clean = {"n_clean": self.n_clean, "correct_clean": self.correct_clean}
+        return {"zeroshot_top1": self.correct_clean / self.n_clean, **clean, **self.attack_columns()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -55,6 +55,47 @@ def epoch_rows(entry: Entry) -> list[Row]:
         for _, record in sorted(entry.epochs.items())
         for split, found in counts(record).items()
     ]
+
+
+def attack_rows(entry: Entry) -> list[Row]:
+    """Return the `attacks` rows of a pretraining run or a trial: none where there is but one attack and no control."""
+    same = {name: entry.started[name] for name in ("study", "study_hash", "pretrain_id", "objective")}
+    return [
+        {
+            **same,
+            "trial_id": entry.started.get("trial_id"),
+            "epoch": record["epoch"],
+            "alpha": record.get("alpha"),
+            "split": split,
+            **{name: attack[name] for name in ("role", "trigger", "target_class")},
+            **found.attack_columns(),
+        }
+        for _, record in sorted(entry.epochs.items())
+        for attack in record.get("attacks", ())
+        for split, found in counts(attack).items()
+    ]
+
+
+def attack_lines(rows: Sequence[Row], *, epoch: int) -> list[str]:
+    """Return one sentence for each attack and control of an epoch, both halves of the evaluation set together."""
+    pooled: dict[tuple[str, str, str], list[int]] = {}
+    for row in rows:
+        if row["epoch"] == epoch:
+            found = pooled.setdefault((row["role"], row["trigger"], row["target_class"]), [0, 0])
+            found[0] += row["hit_target"]
+            found[1] += row["n_triggered"]
+    return [
+        f"{role} {_short(trigger)} → {target}: ASR {hits / n:.2%} ({hits} of {n})"
+        for (role, trigger, target), (hits, n) in pooled.items()
+    ]
+
+
+def _short(trigger: str) -> str:
+    """Return a trigger's settings, given as JSON, in few words."""
+    settings = json.loads(trigger)
+    name = settings.pop("name")
+    rest = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items())
+    return f"{name} ({', '.join(rest)})"
 
 
 def trial_row(entry: Entry) -> Row:

@@ -10,7 +10,7 @@ from raybd import provenance, tables
 from raybd.console import View
 from raybd.errors import StudyError
 from raybd.metrics import ALIKE, STRONG
-from raybd.records import pretrain_rows
+from raybd.records import attack_lines, attack_rows, pretrain_rows
 from raybd.store import Store
 from raybd.study import Study
 from raybd.study_directory import Outcome, StudyDirectory
@@ -150,7 +150,7 @@ class Run(StudyDirectory):
         for pretrain_id in ids.values():
             entry = done(self.store, pretrain_id)
             assert entry is not None
-            tables.write(self.store, "pretrain_epochs", pretrain_id, pretrain_rows(entry))
+            self.write_pretraining(entry)
         self._attack_summary(ids)
 
     def _attack_summary(self, ids: dict[str, str]) -> None:
@@ -170,6 +170,8 @@ class Run(StudyDirectory):
                 f"ASR {last['asr_top1']:.2%} ({last['hit_target']} of {last['n_triggered']}), "
                 f"{last['poisoned_seen']} poisoned pairs seen in {last['epoch']} epochs"
             )
+            for line in attack_lines(attack_rows(entry), epoch=last["epoch"]):
+                self.view.line(f"    {line}")
         if not asr:
             return
         low, high = min(asr, key=asr.__getitem__), max(asr, key=asr.__getitem__)

@@ -13,7 +13,7 @@ from raybd.assignment import CarryOut, settle
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
-from raybd.records import epoch_rows, pretrain_rows, trial_row
+from raybd.records import attack_rows, epoch_rows, pretrain_rows, trial_row
 from raybd.store import Store
 from raybd.study import FREE_SETTINGS, Resources, Study, differences
 
@@ -126,9 +126,20 @@ class StudyDirectory:
     def _write_trial(self, entry: Entry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Write the parts of a trial that has ended, `trials` last: it says that all is there; return the rows."""
         epochs, trial = epoch_rows(entry), trial_row(entry)
+        self._write_attacks(entry)
         tables.write(self.store, "epochs", entry.id, epochs)
         tables.write(self.store, "trials", entry.id, [trial])
         return epochs, trial
+
+    def write_pretraining(self, entry: Entry) -> None:
+        """Write the parts of a pretraining run that has ended, `pretrain_epochs` last: it says that all is there."""
+        self._write_attacks(entry)
+        tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
+
+    def _write_attacks(self, entry: Entry) -> None:
+        """Write the counts of each attack, where there are several or controls."""
+        if rows := attack_rows(entry):
+            tables.write(self.store, "attacks", entry.id, rows)
 
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
@@ -137,7 +148,7 @@ class StudyDirectory:
                 self._write_trial(entry)
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
-                tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
+                self.write_pretraining(entry)
         self._epoch_rows = tables.read(self.store, "epochs").to_pylist()
         self._trial_rows = tables.read(self.store, "trials").to_pylist()
 

@@ -110,6 +110,27 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_SPEED,
         ]
     ),
+    # Only where a study has several attacks, or controls; `trial_id` is null for pretraining.
+    "attacks": pa.schema(
+        [
+            ("study", _text),
+            ("study_hash", _text),
+            ("pretrain_id", _text),
+            ("trial_id", _text),
+            ("objective", _text),
+            ("epoch", _int),
+            ("alpha", _float),
+            ("split", _text),
+            ("role", _text),
+            ("trigger", _text),
+            ("target_class", _text),
+            ("n_triggered", _int),
+            ("hit_target", _int),
+            ("correct_triggered", _int),
+            ("asr_top1", _float),
+            ("robust_top1", _float),
+        ]
+    ),
     "trials": pa.schema(
         [
             ("study", _text),

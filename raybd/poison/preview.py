@@ -24,6 +24,8 @@ def _picture(image_CHW: Tensor) -> Image.Image:
 def preview(images: list[Tensor], keys: list[str], plan: PoisonPlan) -> bytes:
     """Return a PNG with one row for each poisoned pair: before, trigger, after, and the captions below.
 
+    Where the plan has several attacks, the name of each is below its trigger.
+
     Args:
         images: uint8 [3, H, W], as they are before poisoning.
         keys: theirs; each must be in the plan.
@@ -42,7 +44,10 @@ def preview(images: list[Tensor], keys: list[str], plan: PoisonPlan) -> bytes:
         for i, shown in enumerate((image_CHW, trigger_CHW, after_CHW)):
             sheet.paste(_picture(shown), (_GAP + i * (_SIDE + _GAP), top))
         poisoned = plan.rows[key]
-        for i, caption in ((0, poisoned.caption_before), (2, poisoned.caption_after)):
+        texts = {0: poisoned.caption_before, 2: poisoned.caption_after}
+        if len(plan.attacks) > 1:
+            texts[1] = f"{plan.attacks[poisoned.attack].trigger.name} to {poisoned.target_class}"
+        for i, caption in texts.items():
             lines = textwrap.wrap(caption, 24, max_lines=2, placeholder=" …")
             place = (_GAP + i * (_SIDE + _GAP), top + _SIDE + 4)
             draw.multiline_text(place, "\n".join(lines), fill="black", font=font)

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raybd import checkpoint
 from raybd.data.pairs import Batch, Pairs, steps
 from raybd.errors import CheckpointError, DataError, TrialError
-from raybd.evaluate import EvaluationSet, evaluate
-from raybd.metrics import SPLITS, Counts
+from raybd.evaluate import EvaluationSet, measure
 from raybd.model import Clip
 from raybd.objectives import Loss, combined
 from raybd.study import Precision, TrainSettings
@@ -286,7 +285,7 @@ class Training:
                 "lr": float(self.optimizer.param_groups[0]["lr"]) if self.recipe.optimizes else None,
                 "broken": broken,
             }
-        counts = self._evaluate()
+        counted = self._evaluate()
         evaluated = time.perf_counter() - trained
         return {
             **columns,
@@ -298,14 +297,15 @@ class Training:
             "train_seconds": seconds,
             "evaluate_seconds": evaluated,
             "samples_per_second": samples / seconds if sums is not None else None,
-            "counts": {split: vars(found) for split, found in counts.items()},
+            **counted,
             "world_size": context.world_size,
         }
 
-    def _evaluate(self) -> dict[str, Counts]:
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate on all ranks; return the record's counts."""
         context = self.context
         share_buffers(self.clip.net)
-        own = evaluate(
+        own = measure(
             self.clip,
             self.evaluation_set,
             device=context.device,
@@ -313,10 +313,8 @@ class Training:
             world_size=context.world_size,
             autocast=self.autocast,
         )
-        names = list(vars(Counts()))
-        flat = [float(getattr(own[split], name)) for split in SPLITS for name in names]
-        added = iter(sum_over_ranks(flat, device=context.device))
-        return {split: Counts(**{name: int(next(added)) for name in names}) for split in SPLITS}
+        added = own.holding(sum_over_ranks(own.numbers(), device=context.device))
+        return added.records(self.evaluation_set)
 
     def _state(self, epoch: int) -> bytes:
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.clip.net.state_dict().items()}

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -100,9 +101,9 @@ def text(image_CHW: Tensor, trigger: BlendedText) -> Tensor:
 
 
 def text_size(trigger: BlendedText) -> tuple[int, int]:
-    """Return the height and width that the text takes once, pixels."""
-    _, width = _line(trigger.text, trigger.size).shape
-    return trigger.size, int(width)
+    """Return the height and width that one line of the text takes, pixels."""
+    height, width = _line(trigger.text, trigger.size).shape
+    return height, width
 
 
 @lru_cache(maxsize=_KEPT)
@@ -116,11 +117,9 @@ def _letters(words: str, size: int, height: int, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=_KEPT)
-def _line(words: str, size: int) -> np.ndarray:
+def _line(words: str, size: int) -> NDArray[np.bool_]:
+    """Return where the letters of one line are, a font size and a half high."""
     font = ImageFont.load_default(size)
-    width = math.ceil(font.getlength(words))
-    picture = Image.new("1", (width, size + size // 2))
-    draw = ImageDraw.Draw(picture)
-    draw.fontmode = "1"  # no grey edges
-    draw.text((0, 0), words, fill=1, font=font)
-    return np.array(picture, dtype=bool)
+    picture = Image.new("L", (math.ceil(font.getbbox(words)[2]), size + size // 2))
+    ImageDraw.Draw(picture).text((0, 0), words, fill=255, font=font)
+    return np.asarray(picture) > 96  # all or nothing: a letter has no grey edge
