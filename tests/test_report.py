@@ -422,9 +422,10 @@ def test_report_of_imported_results_says_what_is_not_known(tmp_path: Path) -> No
     trials = [_row("trials", **{name: row[name] for name in known}) for row in _trial_rows() if row["number"] < 3]
     tables.write(store, "epochs", "e", whole)
     tables.write(store, "trials", "t", trials)
-    store.put("study.json", json.dumps({"study": {"name": "imported"}}).encode())
+    store.put("study.json", json.dumps({"study": {"name": "imported"}, "source": {"name": "<sweep>.csv"}}).encode())
     page = html.build(store).decode()
     shown = _Page(page).text
+    assert "imported from <sweep>.csv : only what it holds is known" in shown
     assert "How the training pairs were poisoned is not known" in shown
     assert "How the poisoned models were pretrained is not known" in shown
     assert "chosen and quoted on the same images, all of them" in shown
