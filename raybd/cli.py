@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raybd.cli_data import data_app
+from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
 from raybd.errors import RaybdError, StudyError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ app = typer.Typer(
     add_completion=True,
 )
 app.add_typer(data_app, name="data")
+app.command()(studies)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]
@@ -151,8 +153,15 @@ def run(
     run_dir: RunDirOption = None,
     address: AddressOption = None,
     allow_code_change: CodeOption = False,  # noqa: FBT002
+    dry_run: DryOption = False,  # noqa: FBT002
+    tflops: TflopsOption = None,
+    no_probe: NoProbeOption = False,  # noqa: FBT002
+    format_: PlanFormatOption = PlanFormat.TABLE,
 ) -> None:
     """Carry a study out: poison, pretrain, search, fronts, report. Called again, it goes on where it stopped."""
+    if dry_run:
+        print_plan(study, set_, tflops, format_, probe=not no_probe, search=True)
+        return
     _carry_out(study, set_, run_dir, address, until="search", allow_code_change=allow_code_change)
 
 
@@ -163,8 +172,15 @@ def pretrain(
     run_dir: RunDirOption = None,
     address: AddressOption = None,
     allow_code_change: CodeOption = False,  # noqa: FBT002
+    dry_run: DryOption = False,  # noqa: FBT002
+    tflops: TflopsOption = None,
+    no_probe: NoProbeOption = False,  # noqa: FBT002
+    format_: PlanFormatOption = PlanFormat.TABLE,
 ) -> None:
     """Poison and pretrain only: one model for each pretrain objective."""
+    if dry_run:
+        print_plan(study, set_, tflops, format_, probe=not no_probe, search=False)
+        return
     _carry_out(study, set_, run_dir, address, until="pretrain", allow_code_change=allow_code_change)
 
 

@@ -142,6 +142,13 @@ def image_size(name: str) -> int:
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
+def create_on_meta(name: str) -> nn.Module:
+    """Build a model without storage, to count what it has and does. Errors: StudyError on an unknown name."""
+    check_name(name)
+    with torch.device("meta"), _quiet():
+        return open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False, device="meta")
+
+
 @cache
 def _flops(name: str) -> tuple[int, int]:
     """Return the operations of one image and its caption: of the forward pass, and of forward and backward pass.
@@ -149,8 +156,7 @@ def _flops(name: str) -> tuple[int, int]:
     Counted on a model without storage: matrix products, convolutions and attention, two operations for each
     multiply-add. Elementwise work, the loss, the optimizer and what fused attention computes again are left out.
     """
-    with torch.device("meta"), _quiet():
-        net = open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False, device="meta")
+    net = create_on_meta(name)
     size, length = image_size(name), open_clip.get_tokenizer(name).context_length
     with FlopCounterMode(display=False) as counter:
         image_rows, text_rows, *_ = net(

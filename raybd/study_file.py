@@ -42,6 +42,11 @@ def shipped() -> dict[str, Path]:
     return {}
 
 
+def descriptions() -> dict[str, str]:
+    """Return the first line of each shipped study's comment, by name."""
+    return {name: _text(path).partition("\n")[0].lstrip("# ") for name, path in shipped().items()}
+
+
 def locate(study: str, *, beside: Path | None = None) -> Path:
     """Return the path of a study given as a path, or as the name of one that comes with raybd.
 

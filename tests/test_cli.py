@@ -26,10 +26,12 @@ from raybd.train.inputs import Inputs
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
 runner = CliRunner()
 
+DRY_RUN = {"--dry-run", "--tflops", "--no-probe", "--format", "-f"}
 OPTIONS = {
     "demo": {"--run-dir"},
-    "run": {"--set", "--run-dir", "--address", "--allow-code-change"},
-    "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change"},
+    "run": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
+    "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
+    "studies": {"--format", "-f"},
     "replay": {"--on", "--nearest", "--set", "--run-dir", "--address"},
     "poison": {"--set", "--run-dir", "--preview"},
     "validate": {"--set"},
@@ -87,7 +89,8 @@ def loaded_by(arguments: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["pareto", "--help"], ["evaluate", "--help"], ["validate", str(TINY)], ["status", "."]]
+    "arguments",
+    [["--help"], ["pareto", "--help"], ["evaluate", "--help"], ["validate", str(TINY)], ["status", "."], ["studies"]],
 )
 def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:
     assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}

@@ -1,0 +1,62 @@
+"""Commands about studies that run nothing: what each would do and cost, and which ones come along."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from raybd import study_file
+
+
+class PlanFormat(StrEnum):
+    """How a plan or a list is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+DryOption = Annotated[bool, typer.Option("--dry-run", help="print the plan: trials, epochs, device-hours, storage")]
+TflopsOption = Annotated[
+    float | None, typer.Option(help="with --dry-run: hours of a device that sustains so many TFLOP/s", min=1e-6)
+]
+NoProbeOption = Annotated[bool, typer.Option("--no-probe", help="with --dry-run: do not time this machine's device")]
+PlanFormatOption = Annotated[PlanFormat, typer.Option("--format", "-f", help="with --dry-run: how to print")]
+
+
+def print_plan(
+    study: str, overrides: list[str] | None, tflops: float | None, format_: PlanFormat, *, probe: bool, search: bool
+) -> None:
+    """Print what a study would do and cost; see `planning.make`."""
+    found = study_file.load(study, overrides=overrides or [])
+    # These import torch, which a mistake in the study does not wait for.
+    from raybd import planning
+    from raybd.report import planned
+
+    speed = planning.speed(found, tflops=tflops, probe=probe)
+    plan = planning.make(found, speed=speed, search=search).as_dict()
+    if format_ is PlanFormat.JSON:
+        typer.echo(json.dumps(plan, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    console.print(planned.table(plan))
+    for line in planned.lines(plan, gpu_wanted=found.resources.use_gpu is True):
+        typer.echo(line)
+
+
+def studies(
+    format_: Annotated[PlanFormat, typer.Option("--format", "-f", help="how to print")] = PlanFormat.TABLE,
+) -> None:
+    """List the studies that come along, each with the first line of its file."""
+    found = study_file.descriptions()
+    if format_ is PlanFormat.JSON:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    width = max(map(len, found), default=0)
+    for name, text in found.items():
+        typer.echo(f"{name:<{width}}  {text}")

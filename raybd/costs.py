@@ -1,0 +1,119 @@
+"""What training and evaluation cost, in operations: multiply-adds of the towers, two operations each.
+
+Counted on models without storage. Elementwise work, losses, optimizers and clustering are left out: some percent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from raybd.model import create_on_meta, forward_flops, image_size, training_flops
+from raybd.study import CleanSettings, Method, TrainSettings
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Operations of a model for one image with its caption, and its size.
+
+    Attributes:
+        pair_forward, pair_training: both towers, forward alone, and forward and backward.
+        image_forward, image_training: the image tower.
+        image_attack: forward, and backward to the image alone: one step of an adversary.
+        weight_bytes: parameters and buffers in float32.
+        has_batchnorm: whether the image tower has BatchNorm.
+    """
+
+    pair_forward: float
+    pair_training: float
+    image_forward: float
+    image_training: float
+    image_attack: float
+    weight_bytes: int
+    has_batchnorm: bool
+
+    @property
+    def text_forward(self) -> float:
+        """The text tower, forward."""
+        return self.pair_forward - self.image_forward
+
+
+@cache
+def towers(name: str) -> Towers:
+    """Return what a model costs. Errors: StudyError on an unknown name."""
+    pair_forward, pair_training = forward_flops(name), training_flops(name)
+    net = create_on_meta(name)
+    size = image_size(name)
+    image_BCHW = torch.zeros(1, 3, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        rows_BD = net.encode_image(image_BCHW)
+        forward = counter.get_total_flops()
+        rows_BD.sum().backward()
+        training = counter.get_total_flops()
+    net.requires_grad_(requires_grad=False)
+    with FlopCounterMode(display=False) as counter:
+        net.encode_image(image_BCHW.requires_grad_()).sum().backward()
+        attack = counter.get_total_flops()
+    tensors = [*net.parameters(), *net.buffers()]
+    return Towers(
+        pair_forward=pair_forward,
+        pair_training=pair_training,
+        image_forward=float(forward),
+        image_training=float(training),
+        image_attack=float(attack),
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        has_batchnorm=any(isinstance(part, _BatchNorm) for part in net.visual.modules()),
+    )
+
+
+def training_cost(model: str, settings: TrainSettings, *, pairs: int) -> float:
+    """Return the operations of a whole training run on so many pairs; views double it."""
+    return settings.epochs * pairs * _views(settings) * towers(model).pair_training
+
+
+def cleaning_cost(model: str, settings: CleanSettings, *, pairs: int) -> float:
+    """Return the operations of a cleaning trial on so many pairs, with what its method adds to finetuning."""
+    cost, views, method = towers(model), _views(settings), settings.method
+    epoch, once = views * cost.pair_training, 0.0
+    if method is Method.PAR:
+        epoch += cost.pair_forward  # the frozen model
+    elif method is Method.FT_SAM:
+        epoch *= 2
+    elif method is Method.ABD and views == 2:
+        epoch += cost.text_forward + settings.abd.steps * cost.image_attack
+    elif method is Method.IMAGE_TOWER:
+        epoch = views * (cost.image_training + cost.text_forward)
+    elif method is Method.BATCHNORM_REFRESH:
+        epoch = cost.pair_forward + cost.image_forward  # the loss, and the statistics
+    elif method in (Method.DEEP_CLUSTERING, Method.PSEUDO_LABELS):
+        epoch += cost.image_forward  # the embeddings that are clustered
+    elif method is Method.INTERPOLATION and cost.has_batchnorm:
+        once = len(settings.interpolation.alphas) * cost.image_forward
+    return pairs * (settings.epochs * epoch + once)
+
+
+def evaluation_cost(model: str, *, images: int, passes: int, prompts: int) -> float:
+    """Return the operations of one evaluation.
+
+    Args:
+        passes: how often each image is looked at: clean, and with each trigger.
+        prompts: texts that the class embeddings are made of.
+    """
+    cost = towers(model)
+    return images * passes * cost.image_forward + prompts * cost.text_forward
+
+
+def evaluations(settings: TrainSettings) -> int:
+    """Return how often a run is evaluated: before, after each epoch, and for each point without training."""
+    points = 0
+    if isinstance(settings, CleanSettings) and settings.method is Method.INTERPOLATION:
+        points = len(settings.interpolation.alphas)
+    return settings.epochs + 1 + points
+
+
+def _views(settings: TrainSettings) -> int:
+    return 2 if settings.loss_weights.ssl else 1

@@ -1,0 +1,87 @@
+"""A study's plan as text: what would be done, and what it would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def table(plan: Mapping[str, Any]) -> Table:
+    """Return a row for each pretraining and each objective's search, and their sum."""
+    found = Table(title=f"plan of {plan['study']}", title_justify="left")
+    found.add_column("")
+    columns = ("runs", "pairs", "epochs", "steps", "evaluations", "PFLOPs train", "evaluate", "device-hours")
+    for name in columns:
+        found.add_column(name, justify="right")
+    for part in plan["parts"]:
+        low, high = part["pairs"]
+        most = part["epochs_at_most"]
+        found.add_row(
+            f"{part['stage']} {part['objective']}",
+            f"{part['runs']:,}",
+            f"{high:,}" if low == high else f"{low:,}–{high:,}",
+            f"{part['epochs']:,}" + (f" (≤ {most:,})" if most > part["epochs"] else ""),
+            f"{part['steps']:,}",
+            f"{part['evaluations']:,}",
+            _number(part["training_pflops"]),
+            _number(part["evaluation_pflops"]),
+            _number(part["device_hours"]),
+        )
+    total = plan["total"]
+    found.add_section()
+    found.add_row(
+        "in all",
+        *("", "", f"{total['epochs']:,}", "", f"{total['evaluations']:,}"),
+        *(_number(total[name]) for name in ("training_pflops", "evaluation_pflops", "device_hours")),
+    )
+    return found
+
+
+def lines(plan: Mapping[str, Any], *, gpu_wanted: bool) -> list[str]:
+    """Return what stands below the table: where the numbers come from, and what they leave out.
+
+    Args:
+        gpu_wanted: the study asks for GPUs.
+    """
+    sizes, storage, speed = plan["sizes"], plan["storage"], plan["speed"]
+    said = [f"data: {sizes['pairs']:,} training pairs, {sizes['images']:,} test images ({sizes['how']})"]
+    if plan["drawn"]:
+        said.append(
+            f"trials: {plan['sampler']} draws as it learns; counted for settings drawn uniformly from the space"
+        )
+    if plan["left_out"]:
+        said.append(f"trials: num_trials leaves out {plan['left_out']} points of the grid for each pretrain objective")
+    if sizes["classes"] is None:
+        said.append("evaluation: the class list is not here, so prompts are not counted")
+    if speed is None:
+        said.append("device-hours: not measured; give --tflops, or leave --no-probe out")
+    else:
+        rates = f"{_number(speed['training'] / 1e12)} TFLOP/s training, {_number(speed['forward'] / 1e12)} evaluating"
+        said.append(f"device-hours: {speed['how']}: {rates}; reading and augmenting data comes on top")
+        if gpu_wanted and speed["how"].startswith("measured on cpu"):
+            said.append("  the study asks for GPUs and there is none here: say what one sustains with --tflops")
+    said.append(
+        f"storage: {size(storage['poisoned'])} poisoned models, {size(storage['front'])} of front points if each "
+        f"trial leaves one ({size(storage['model'])} each), {size(storage['tables'])} of tables; "
+        f"{size(storage['state'])} for each run under way, {size(storage['cache'])} of decoded images in the cache"
+    )
+    return said
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as a text of three digits at most."""
+    for unit in _UNITS:
+        if count < 999.5 or unit == _UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,212 @@
+"""Plans of studies: what is counted, what is measured, and that every study that comes along has one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from raybd import costs, planning, study_file
+from raybd.clean import registry
+from raybd.cli import app
+from raybd.errors import StudyError
+from raybd.ledger import Kind
+from raybd.model import create
+from raybd.report import planned
+from raybd.store import Store
+from raybd.study import Method, Sampler, Study
+from raybd.train import probe
+from raybd.train.context import LedgerContext
+from raybd.train.inputs import inputs_for
+from raybd.train.loop import Training
+from raybd.train.probe import Speed
+
+TINY = Path(__file__).parent / "studies" / "tiny.yaml"
+FAST = Speed(training=1e12, forward=2e12, how="given")
+runner = CliRunner()
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny(*overrides: str) -> Study:
+    return study_file.load(str(TINY), overrides=overrides)
+
+
+# --- what is counted
+
+
+# ABD is left out: torch's counter cannot follow a gradient that is taken for the images alone.
+@pytest.mark.parametrize("method", sorted(set(registry.METHODS) - {Method.ABD, Method.PSEUDO_LABELS}))
+def test_an_epoch_of_a_method_does_as_many_operations_as_its_cost_says(method: Method, tmp_path: Path) -> None:
+    small = [
+        "search={}",
+        f"clean.method={method}",
+        *(f"clean.{s}" for s in ("num_samples=32", "batch_size=16", "epochs=1")),
+    ]
+    if method is Method.DEEP_CLUSTERING:
+        small.append("clean.deep_clustering={clusters: 4, iterations: 1}")
+    study = tiny(*small)
+    settings, inputs = study.clean.settings({}), inputs_for(study)
+    clip = create(study.model.name, seed=0)
+    context = LedgerContext(store=Store(str(tmp_path)), kind=Kind.TRIAL, id="t", device=torch.device("cpu"))
+    pairs = inputs.cleaning_pairs(settings, clip, seed=0)
+    recipe = registry.recipe(settings, seed=0)
+    training = Training(clip, pairs, settings, context, inputs.evaluation_set, recipe=recipe)
+    with FlopCounterMode(display=False) as counter:
+        training._train_epoch(1)
+        for _ in recipe.points(training):
+            pass
+    recipe.detach(training)
+    said = costs.cleaning_cost(study.model.name, settings, pairs=32)
+    assert said == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_parts_of_a_plan_are_sums_over_its_runs() -> None:
+    study = tiny(
+        "search={sampler: grid, num_trials: 9, space: {epochs: {choices: [1, 3]}, loss_weights.ssl: {choices: [0, 1]}, "
+        "num_samples: {choices: [40, 96]}}}",
+    )
+    plan = planning.make(study, speed=FAST, search=True)
+    mmcl, both, clean, _ = plan.parts
+    cost = costs.towers(study.model.name)
+    assert (mmcl.runs, mmcl.epochs, mmcl.steps, mmcl.evaluations, mmcl.pairs) == (1, 2, 8, 3, (256, 256))
+    assert mmcl.training_pflops * 1e15 == pytest.approx(2 * 256 * cost.pair_training)
+    assert both.training_pflops == pytest.approx(2 * mmcl.training_pflops)
+    # 8 trials: epochs 1 or 3, one view or two, 40 or 96 pairs in batches of 32.
+    assert (clean.runs, clean.epochs, clean.epochs_at_most, clean.pairs) == (8, 16, 16, (40, 96))
+    assert clean.evaluations == 4 * 2 + 4 * 4
+    assert clean.steps == 2 * (1 + 3) * (2 + 3)
+    assert clean.training_pflops * 1e15 == pytest.approx((1 + 3) * (1 + 2) * (40 + 96) * cost.pair_training)
+    looks = clean.evaluations * (plan.sizes.images * 2 * cost.image_forward + 44 * cost.text_forward)
+    assert clean.evaluation_pflops * 1e15 == pytest.approx(looks)
+    hours = (clean.training_pflops * 1e15 / 1e12 + clean.evaluation_pflops * 1e15 / 2e12) / 3600
+    assert clean.device_hours == pytest.approx(hours)
+    assert plan.total()["trials"] == 16
+    assert plan.total()["device_hours"] == pytest.approx(sum(part.device_hours or 0 for part in plan.parts))
+    assert not plan.drawn
+
+
+def test_trials_that_a_sampler_draws_are_counted_by_draws_from_the_space() -> None:
+    study = tiny(
+        "search={num_trials: 30, known: [{epochs: 9}], space: {epochs: {low: 1, high: 9}, weight_decay: "
+        "{low: 1e-3, high: 1.0, log: true}, beta1: {low: 0.5, high: 0.9}, warmup_steps: {low: 0, high: 10, step: 5}}}"
+    )
+    plan = planning.make(study, speed=None, search=True)
+    clean = plan.parts[-1]
+    assert plan.drawn
+    assert clean.epochs_at_most == 270
+    assert 30 * 3.5 < clean.epochs < 30 * 6.5
+    assert clean.device_hours is None
+    assert plan.total()["device_hours"] is None
+    assert planning.make(study, speed=None, search=True) == plan, "the same each time"
+    drawn = [settings.weight_decay for settings in planning._trials(study)][1:]
+    assert 0.3 < sum(value < 10**-1.5 for value in drawn) / 29 < 0.7, "evenly in the logarithm"
+
+
+def test_pretraining_alone_and_a_grid_cut_short() -> None:
+    study = tiny("search.sampler=grid", "search.space={epochs: {choices: [1, 2, 3]}}")
+    alone = planning.make(study, speed=None, search=False)
+    assert [part.stage for part in alone.parts] == ["pretrain", "pretrain"]
+    cut = planning.make(study, speed=None, search=True)
+    assert (cut.parts[-1].runs, cut.left_out) == (2, 1)
+    assert any("leaves out 1 points" in line for line in planned.lines(cut.as_dict(), gpu_wanted=False))
+
+
+def test_settings_that_fit_together_in_no_trial_are_refused() -> None:
+    study = tiny("search.space={loss_weights.mmcl: {choices: [0]}, loss_weights.ssl: {choices: [0]}}")
+    with pytest.raises(StudyError, match="a trial cannot have"):
+        planning.make(study, speed=None, search=True)
+
+
+# --- data that is not here
+
+
+def test_sizes_without_the_data_are_those_that_the_study_states() -> None:
+    missing = ("data.root=/nowhere", "data.classes=imagenet")
+    found = planning.sizes(tiny(*missing, "data.max_test_samples=500"))
+    assert (found.pairs, found.images, found.classes) == (256, 500, 1000)
+    assert found.how == "not here: numbers from data.max_train_samples and data.max_test_samples"
+    assert (
+        planning.sizes(tiny("data.root=s3://bucket/x", "data.max_test_samples=9", "data.classes=cifar10")).images == 9
+    )
+    assert planning.sizes(tiny()).how == "counted in the shards"
+    unknown = planning.make(tiny("data.root=/nowhere", "data.max_test_samples=500"), speed=None, search=True)
+    assert unknown.sizes.classes is None
+    assert any("prompts are not counted" in line for line in planned.lines(unknown.as_dict(), gpu_wanted=False))
+
+
+@pytest.mark.parametrize(
+    ("override", "setting"), [("data.max_train_samples=null", "max_train_samples"), ("seed=0", "max_test_samples")]
+)
+def test_sizes_that_nobody_knows_are_asked_for(override: str, setting: str) -> None:
+    with pytest.raises(StudyError, match="does not say how much there is") as caught:
+        planning.sizes(tiny("data.root=/nowhere", override))
+    assert f"data.{setting}" in caught.value.fix
+
+
+# --- speed
+
+
+def test_speed_is_measured_given_or_left_open() -> None:
+    measured = probe.measure("resnet-tiny-32", use_gpu=False)
+    assert 1e8 < measured.training < 1e13
+    assert 1e8 < measured.forward < 1e13
+    assert measured.how.startswith("measured on cpu, 1 threads, batches of 64")
+    given = planning.speed(tiny(), tflops=2.5, probe=True)
+    assert given is not None
+    assert (given.training, given.forward) == (2.5e12, 2.5e12)
+    assert planning.speed(tiny(), tflops=None, probe=False) is None
+
+
+# --- the command line
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--tflops", "1"])
+    assert done.exit_code == 0, done.output
+    assert "pretrain mmcl_ssl" in done.output
+    assert "computed for 1 TFLOP/s" in done.output
+    done = runner.invoke(app, ["pretrain", str(TINY), "--dry-run", "--no-probe", "-f", "json"])
+    found = json.loads(done.output)
+    assert [part["stage"] for part in found["parts"]] == ["pretrain", "pretrain"]
+    assert found["total"]["device_hours"] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_studies_are_listed_with_what_they_say_of_themselves() -> None:
+    done = runner.invoke(app, ["studies"])
+    assert done.exit_code == 0
+    (line,) = (line for line in done.output.splitlines() if line.startswith("demo "))
+    assert line.split(maxsplit=1)[1].startswith("The demo: emoji drawings")
+    assert json.loads(runner.invoke(app, ["studies", "-f", "json"]).output).keys() == study_file.shipped().keys()
+
+
+# --- studies that come along
+
+
+@pytest.mark.parametrize("name", study_file.shipped())
+def test_every_study_that_comes_along_has_a_plan(name: str) -> None:
+    study = study_file.load(name)
+    study = study.model_copy(update={"data": study.data.model_copy(update=_stated(study))})
+    plan = planning.make(study, speed=FAST, search=True)
+    total = plan.total()
+    assert (total["training_pflops"] or 0) > 0
+    assert (total["device_hours"] or 0) > 0
+    if name.startswith("paper/") and study.search.sampler is Sampler.GRID:
+        assert not plan.left_out
+    assert (total["trials"] or 0) >= len(study.pretrain.objectives)
+
+
+def _stated(study: Study) -> dict[str, int]:
+    """Return sizes for studies of data that anybody brings along, the paper's state theirs."""
+    if study.data.root == "emoji-32":
+        return {}
+    return {
+        "max_train_samples": study.data.max_train_samples or 1000,
+        "max_test_samples": study.data.max_test_samples or 1000,
+    }
