@@ -1,0 +1,99 @@
+"""The benchmark of samplers, on a small sweep and without Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from raybd import pareto
+from raybd.curves import Curve, epoch_record
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "search_efficiency.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("search_efficiency", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def sweep() -> list[Curve]:
+    """Return curves of which each has a point of the front: the higher the learning rate, the lower both rates."""
+    found = []
+    for objective in ("mmcl", "mmcl_ssl"):
+        for i in range(6):
+            epochs = {}
+            for n in range(4):
+                hit = 990 if n == 0 else 900 - 150 * i - n
+                counts = {
+                    "n_clean": 1000,
+                    "correct_clean": 500 - 40 * i - 5 * n,
+                    "n_triggered": 1000,
+                    "hit_target": hit,
+                }
+                epochs[n] = epoch_record({"epoch": n}, {"all": {**counts, "correct_triggered": None}})
+            whose = (f"{objective}-{i:04d}", objective, "cleanclip", f"{objective}-made")
+            found.append(Curve(*whose, {"lr": 10.0 ** (i - 6)}, epochs))
+    return found
+
+
+def test_every_search_spends_the_same_and_a_whole_grid_finds_all(benchmark: ModuleType) -> None:
+    found = sweep()
+    for sampler in benchmark.SAMPLERS:
+        entries = benchmark.drive(benchmark.study_of(found, sampler, seed=3), found)
+        for objective in ("mmcl", "mmcl_ssl"):
+            areas = benchmark.progress(entries, objective)
+            assert len(areas) == 6 * 3
+            assert areas == sorted(areas)
+            shares = benchmark.at_shares(areas, benchmark.full(found, objective))
+            assert all(0 < share <= 1 + 1e-12 for share in shares)
+            if sampler == "grid":
+                assert shares[-1] == pytest.approx(1)
+                assert shares[0] < 0.9
+
+
+def test_the_order_of_the_grid_depends_on_the_seed(benchmark: ModuleType) -> None:
+    orders = [[p["lr"] for p in benchmark.study_of(sweep(), "grid", seed=s).search.known] for s in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+
+
+def test_progress_is_the_hypervolume_of_all_points_so_far(benchmark: ModuleType) -> None:
+    found = sweep()
+    entries = benchmark.drive(benchmark.study_of(found, "random", seed=0), found)
+    top1, asr, expected = [], [], []
+    for entry in entries:
+        if entry.started["objective"] == "mmcl":
+            for n, record in entry.epochs.items():
+                counted = record["counts"]["all"]
+                top1.append(counted["correct_clean"] / 1000)
+                asr.append(counted["hit_target"] / 1000)
+                if n:
+                    expected.append(pareto.hypervolume(top1, asr))
+    assert benchmark.progress(entries, "mmcl") == pytest.approx(expected)
+
+
+def test_other_trials_on_ray_stop_the_benchmark(benchmark: ModuleType) -> None:
+    found = sweep()
+    one, other = (benchmark.drive(benchmark.study_of(found, "random", seed=seed), found) for seed in (0, 1))
+    benchmark.assert_same(one, one[::-1])
+    with pytest.raises(SystemExit, match="other trials"):
+        benchmark.assert_same(one, other)
+
+
+def test_intervals_hold_the_mean_and_narrow_with_more_seeds(benchmark: ModuleType) -> None:
+    few, many = [0.2, 0.4, 0.9], [0.2, 0.4, 0.9] * 20
+    mean, low, high = benchmark.interval(few)
+    assert mean == pytest.approx(0.5)
+    assert low < mean < high
+    _, low_many, high_many = benchmark.interval(many)
+    # The standard error of the mean of 60 such values: 0.294 / sqrt(60).
+    assert high_many - low_many == pytest.approx(2 * 1.96 * 0.294 / 60**0.5, rel=0.05)
+    assert benchmark.interval([0.7, 0.7]) == pytest.approx((0.7, 0.7, 0.7))
