@@ -85,17 +85,17 @@ def attack_lines(rows: Sequence[Row], *, epoch: int) -> list[str]:
             found[0] += row["hit_target"]
             found[1] += row["n_triggered"]
     return [
-        f"{role} {_short(trigger)} → {target}: ASR {hits / n:.2%} ({hits} of {n})"
+        f"{role} {trigger_text(trigger)} → {target}: ASR {hits / n:.2%} ({hits} of {n})"
         for (role, trigger, target), (hits, n) in pooled.items()
     ]
 
 
-def _short(trigger: str) -> str:
+def trigger_text(trigger: str) -> str:
     """Return a trigger's settings, given as JSON, in few words."""
     settings = json.loads(trigger)
     name = settings.pop("name")
     rest = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items())
-    return f"{name} ({', '.join(rest)})"
+    return f"{name} ({', '.join(rest)})" if settings else str(name)
 
 
 def trial_row(entry: Entry) -> Row:

@@ -24,11 +24,13 @@ from raybd.evaluate import EvaluationSet, Role, class_embeddings, evaluate, eval
 from raybd.ledger import Kind, Ledger
 from raybd.metrics import SPLITS
 from raybd.model import Clip, create
+from raybd.poison import triggers
 from raybd.poison.plan import Attack, PoisonPlan, cleaning_rows, make_plan, naming
 from raybd.poison.preview import preview
 from raybd.records import attack_lines, attack_rows, pretrain_rows
+from raybd.report.attacks import planted, tried
 from raybd.store import Store
-from raybd.study import BadNet, Data, Evaluation, LabelConsistent, Poison, Sig, Study
+from raybd.study import BadNet, Data, Evaluation, LabelConsistent, Poison, Sig, Study, differences
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import Inputs
 from raybd.train.pretraining import pretrain, start_record
@@ -468,6 +470,47 @@ def test_a_run_records_each_attack(folder: Path, tmp_path: Path) -> None:
     assert len(lines) == 3
     expected = f"control blended (alpha 0.2, noise new) → fruit: ASR {hits / count:.2%} ({hits} of {count})"
     assert lines[2] == expected
+
+
+def test_the_report_names_each_attack_and_control() -> None:
+    plan = [{"trigger": json.dumps({"name": name}), "target_class": "cat"} for name in ("sig", "badnet", "sig")]
+    assert planted(plan) == [
+        {"trigger": "sig", "target": "cat", "pairs": 2},
+        {"trigger": "badnet", "target": "cat", "pairs": 1},
+    ]
+    assert planted(plan[::2]) == []
+    same = {"objective": "mmcl", "pretrain_id": "mmcl-1", "trigger": '{"name": "sig", "alpha": 0.5}'}
+    rows = [
+        {**same, "trial_id": trial, "epoch": epoch, "role": role, "target_class": "cat"}
+        | {"hit_target": 30 + epoch, "n_triggered": 50}
+        for trial in (None, "mmcl-0000")
+        for epoch in (1, 2)
+        for role in Role
+        for _ in SPLITS
+    ]
+    found = tried(rows)
+    assert [(row["role"], row["percent"], row["counts"]) for row in found] == [
+        ("planted", "64.00", "64 of 100"),
+        ("control", "64.00", "64 of 100"),
+    ]
+    assert {(row["name"], row["trigger"], row["interval"]) for row in found} == {
+        ("mmcl", "sig (alpha 0.5)", "54.2–72.7")
+    }
+    assert tried([]) == []
+
+
+def test_the_attack_studies_are_all_triggers_and_change_nothing_else() -> None:
+    base = study_file.load("cc3m").resolved()
+    names = set()
+    for name in (name for name in study_file.shipped() if name.startswith("paper/attack_")):
+        study = study_file.load(name)
+        assert study.name == name.removeprefix("paper/")
+        changed = {line.split(":")[0].split(".")[0] for line in differences(base, study.resolved())}
+        assert changed <= {"name", "poison", "evaluation"}, name
+        names |= {attack.trigger.name for attack in study.poison.attacks}
+        for attack in study.poison.attacks:
+            triggers.check(attack.trigger, height=224, width=224)
+    assert len(names) == 9
 
 
 def test_one_attack_alone_has_no_rows(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from raybd import pareto, tables
 from raybd.errors import DataError
 from raybd.fronts import ALL_METHODS
 from raybd.metrics import ALIKE, STRONG, wilson
-from raybd.report import figures, words
+from raybd.report import attacks, figures, words
 from raybd.report.words import Front, Row
 from raybd.store import Store
 
@@ -61,6 +61,7 @@ def build(store: Store) -> bytes:
         location=_location(store),
         attack=_attack(record["study"], found["poison_plan"], store),
         images=words.IMAGES,
+        tried=attacks.tried(found["attacks"]),
         poisoned=_poisoned_models(found["pretrain_epochs"]),
         warnings=_warnings(found["pretrain_epochs"]),
         cleaned=_cleaned(found),
@@ -126,6 +127,7 @@ def _attack(study: Row, plan: Sequence[Row], store: Store) -> dict[str, Any]:
     return {
         "target_class": poison.get("target_class") or (plan[0]["target_class"] if plan else ""),
         "trigger": dict(_flat(poison.get("trigger", {}))),
+        "several": attacks.planted(plan),
         "planned": len(plan),
         "rate": poison.get("poison_rate"),
         "captions": plan[:_CAPTIONS],

@@ -1,0 +1,59 @@
+"""What the report says of several attacks, and of triggers that were not planted. Empty where there is one attack."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from raybd.metrics import wilson
+from raybd.records import trigger_text
+from raybd.report import words
+from raybd.report.words import Row
+
+
+def planted(plan: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return trigger, target and number of pairs of each attack of a poison plan that has several."""
+    found = Counter((row["trigger"], row["target_class"]) for row in plan)
+    if len(found) < 2:
+        return []
+    return [
+        {"trigger": trigger_text(trigger), "target": target, "pairs": pairs}
+        for (trigger, target), pairs in found.items()
+    ]
+
+
+def tried(attacks: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return how each trigger works on the poisoned models, after the last epoch of pretraining, halves together.
+
+    Args:
+        attacks: rows of the `attacks` table.
+    """
+    poisoned = [row for row in attacks if row["trial_id"] is None]
+    last: dict[tuple[str, str], int] = {}
+    for row in poisoned:
+        key = (row["objective"], row["pretrain_id"])
+        last[key] = max(last.get(key, 0), row["epoch"])
+    names = words.objective_names(poisoned)
+    pooled: dict[tuple[str, str, str, str], list[int]] = {}
+    for row in poisoned:
+        key = (row["objective"], row["pretrain_id"])
+        if row["epoch"] == last[key]:
+            counts = pooled.setdefault((names[key], row["role"], row["trigger"], row["target_class"]), [0, 0])
+            counts[0] += row["hit_target"]
+            counts[1] += row["n_triggered"]
+    found = []
+    for (name, role, trigger, target), (hits, n) in pooled.items():
+        low, high = wilson(hits, n)
+        found.append(
+            {
+                "name": name,
+                "role": role,
+                "trigger": trigger_text(trigger),
+                "target": target,
+                "percent": words.percent(hits / n),
+                "interval": f"{words.percent(low, digits=1)}–{words.percent(high, digits=1)}",
+                "counts": f"{hits} of {n}",
+            }
+        )
+    return found
