@@ -125,11 +125,11 @@ def _read_run(run: str) -> analysis.Run:
 
 def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
     from raybd import fronts
-    from raybd.report import text
+    from raybd.report import grids, text
 
     summaries = fronts.summarise(run.fronts)
-    methods = text.method_table(summaries, kind=kind)
-    _print_tables([*([methods] if methods else []), *text.front_tables(summaries, run.trials, kind=kind)])
+    _print_tables(map(text.rendered, grids.methods(summaries, kind=kind)))
+    _print_tables(text.front_tables(summaries, run.trials, kind=kind))
 
 
 def _print_tables(tables: Iterable[Table]) -> None:
@@ -257,7 +257,7 @@ def pareto(
 ) -> None:
     """Print fronts and what they are worth, stability, blind choices, and how pretrain objectives differ."""
     from raybd import analysis
-    from raybd.report import measure_tables, text
+    from raybd.report import grids, text
     from raybd.store import Store
 
     if len(set(runs)) < len(runs):
@@ -279,8 +279,8 @@ def pareto(
         if len(read) > 1:
             typer.echo(f"run {run.name}\n")
         _print_fronts(run, kind=kind)
-        _print_tables(measure_tables.run_tables(measured, run.trials))
-    _print_tables(measure_tables.between_tables(found))
+        _print_tables(map(text.rendered, grids.of_run(measured, run.trials)))
+    _print_tables(map(text.rendered, grids.between(found)))
 
 
 @app.command()

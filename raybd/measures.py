@@ -109,8 +109,10 @@ def regret(top1: float, asr: float, front: Iterable[Row]) -> dict[str, float]:
     """Return what a point gives away against a front: in ASR at its accuracy, and in accuracy at its ASR.
 
     `regret_asr` is its ASR minus the lowest on the front among points at least as accurate; `regret_top1` the highest
-    accuracy on the front among points of no higher ASR minus its own. The point counts as a member: on images on
-    which the front was not chosen it may beat all members, and then gives nothing away.
+    accuracy on the front among points of no higher ASR minus its own. `regret_asr_within_1` allows the front a point
+    of accuracy less: the most accurate of all points has no `regret_asr`, yet may keep a backdoor that a point of
+    accuracy would have removed. The point counts as a member: on images on which the front was not chosen it may beat
+    all members, and then gives nothing away.
 
     Args:
         top1, asr: the point, fractions.
@@ -119,6 +121,7 @@ def regret(top1: float, asr: float, front: Iterable[Row]) -> dict[str, float]:
     points = [(top1, asr), *((row["zeroshot_top1"], row["asr_top1"]) for row in front)]
     return {
         "regret_asr": asr - min(s for a, s in points if a >= top1),
+        "regret_asr_within_1": asr - min(s for a, s in points if a >= top1 - 0.01 - fronts.SLACK),
         "regret_top1": max(a for a, s in points if s <= asr) - top1,
     }
 
@@ -157,7 +160,7 @@ def defenders_choice(
         trials: rows of the `trials` table.
         front: rows of the `fronts` table: the group's front of all epochs, on each half.
 
-    Returns: for each rule trial, epoch, and by half the scores with `regret_asr` and `regret_top1` (see `regret`);
+    Returns: for each rule trial, epoch, and by half the scores with what `regret` gives;
         None where no point has what the rule looks at.
     """
     order, unfinished = fronts.trial_order(trials), fronts.unfinished_trials(trials)

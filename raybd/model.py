@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raybd import checkpoint
 from raybd.errors import CheckpointError, StudyError
 
 
@@ -122,16 +123,16 @@ class Clip:
         return (image_BCHW.float() / 255 - mean) / std
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, *, where: str = "model.name") -> None:
     """Raise StudyError unless `name` is a model that is trained with two towers and a logit scale."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=3)
         fix = f"did you mean {', '.join(close)}?" if close else ""
-        raise StudyError(f"no model of the name {name!r}", where="model.name", fix=fix)
+        raise StudyError(f"no model of the name {name!r}", where=where, fix=fix)
     config = open_clip.get_model_config(name)
     if "multimodal_cfg" in config or "init_logit_bias" in config:
         kind = "a captioning model" if "multimodal_cfg" in config else "a model with a logit bias (SigLIP)"
-        raise StudyError(f"{name} is {kind}, not a CLIP model with a logit scale", where="model.name")
+        raise StudyError(f"{name} is {kind}, not a CLIP model with a logit scale", where=where)
 
 
 def image_size(name: str) -> int:
@@ -202,6 +203,44 @@ def create(name: str, *, seed: int) -> Clip:
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         net = open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False)
+    return _described(name, net)
+
+
+def pretrained(name: str, weights: str, *, field: str) -> Clip:
+    """Build a model with weights that someone else trained.
+
+    Args:
+        weights: path of a file (`checkpoint.read`), or a tag that open_clip has weights under, which it downloads.
+        field: of the study, what errors name; its `model` is `name`, its `checkpoint` is `weights`.
+
+    Errors: StudyError where there are no such weights; CheckpointError where they cannot be read or had.
+    """
+    check_name(name, where=f"{field}.model")
+    if Path(weights).is_file():
+        clip = create(name, seed=0)
+        load_weights(clip, checkpoint.read(weights), where=weights)
+        return clip
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights not in tags:
+        raise StudyError(
+            f"no file {weights!r}, and open_clip has no weights of that tag for {name}",
+            where=f"{field}.checkpoint",
+            expected=f"the path of a checkpoint{', or ' + ', '.join(tags) if tags else ''}",
+        )
+    try:
+        net = open_clip.create_model(name, pretrained=weights, output_dict=False)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"open_clip could not get its weights {weights!r} of {name}: {reason}",
+            where=f"{field}.checkpoint",
+            fix="download them elsewhere and give the file's path",
+        ) from None
+    return _described(name, net)
+
+
+def _described(name: str, net: nn.Module) -> Clip:
+    """Return a model with what belongs to it."""
     found = open_clip.get_model_preprocess_cfg(net)
     size = found["size"]
     return Clip(

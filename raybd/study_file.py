@@ -357,7 +357,11 @@ def anchored(study: Study) -> Study:
         data = data.model_copy(update={"cache_dir": absolute(data.cache_dir)})
     if model.start:
         model = model.model_copy(update={"start": absolute(model.start)})
-    return study.model_copy(update={"data": data, "model": model})
+    labels = study.clean.pseudo_labels
+    if labels.checkpoint and Path(labels.checkpoint).expanduser().is_file():  # else it is one of open_clip's tags
+        labels = labels.model_copy(update={"checkpoint": absolute(labels.checkpoint)})
+    clean = study.clean.model_copy(update={"pseudo_labels": labels})
+    return study.model_copy(update={"data": data, "model": model, "clean": clean})
 
 
 def embedded(name: str) -> Path | None:

@@ -110,7 +110,7 @@ def test_blind_choices_and_their_regret_by_hand() -> None:
     found = choices["highest_top1"]
     assert found is not None
     assert found["scores"]["search"] == pytest.approx(
-        {"zeroshot_top1": 0.595, "asr_top1": 0.60, "regret_asr": 0.0, "regret_top1": 0.0}
+        {"zeroshot_top1": 0.595, "asr_top1": 0.60, "regret_asr": 0.0, "regret_asr_within_1": 0.0, "regret_top1": 0.0}
     )
     assert found["scores"]["report"]["zeroshot_top1"] == pytest.approx(0.575)
 
@@ -155,7 +155,14 @@ def test_regret_is_none_on_the_front_and_never_below(points: list[tuple[float, f
     found = measures.regret(top1, asr, every)
     assert min(found.values()) >= 0
     beaten = any(a >= top1 and s <= asr and (a, s) != (top1, asr) for a, s in points)
-    assert any(value > 0 for value in found.values()) == beaten
+    assert (found["regret_asr"] > 0 or found["regret_top1"] > 0) == beaten
+    assert found["regret_asr_within_1"] >= found["regret_asr"]
+
+
+def test_a_point_of_accuracy_may_buy_more() -> None:
+    front = [{"zeroshot_top1": a, "asr_top1": s} for a, s in ((0.60, 0.90), (0.59, 0.10), (0.589, 0.01))]
+    found = measures.regret(0.60, 0.90, front)
+    assert found == pytest.approx({"regret_asr": 0.0, "regret_asr_within_1": 0.80, "regret_top1": 0.0})
 
 
 def test_batchnorm_refresh_is_quoted_beside_the_front_of_all_methods() -> None:

@@ -21,10 +21,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from raybd import fronts, metrics, tables
+from raybd import analysis, fronts, metrics, tables
 from raybd.cli import app
 from raybd.errors import DataError, RaybdError
-from raybd.report import figures, html, text, words
+from raybd.report import figures, html, measure_figures, text, words
 from raybd.store import Store
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "analysis" / "pareto.ipynb"
@@ -337,6 +337,109 @@ def test_themed_svg_leaves_no_colour_without_a_dark_partner() -> None:
     assert re.findall(r"#[0-9a-f]{6}\b", plain) == []
 
 
+def _analysed(runs: int = 1) -> dict[str, Any]:
+    return analysis.analyse([analysis.Run(f"runs/{i}", *_method_rows()) for i in range(runs)])
+
+
+def test_figures_of_measures_are_valid_and_the_same_every_time() -> None:
+    found = _analysed(2)
+    run = found["runs"][0]
+    for draw in (
+        lambda: measure_figures.method_figure(run["fronts"]),
+        lambda: measure_figures.instability_figure(run["instability"]),
+        lambda: measure_figures.defender_figure(run["defender"], run["fronts"]),
+        lambda: measure_figures.difference_figure(found["differences"]),
+        lambda: measure_figures.attainment_figure(found["attainment"]),
+    ):
+        drawn, again = draw(), draw()
+        assert drawn is not None
+        assert again is not None
+        themed = figures.svg(drawn, themed=True)
+        assert ET.fromstring(themed).tag.endswith("svg")
+        assert figures.svg(again, themed=True) == themed
+        assert re.findall(r"#[0-9a-f]{6}\b", re.sub(r"var\(--c-[0-9a-f]{6}, #[0-9a-f]{6}\)", "", themed)) == []
+
+
+def test_figures_of_measures_show_the_numbers() -> None:
+    found = _analysed(2)
+    run = found["runs"][0]
+    drawn = measure_figures.defender_figure(run["defender"], run["fronts"])
+    assert drawn is not None
+    (whole,) = [e for e in run["defender"] if (e["objective"], e["method"]) == ("mmcl", "all")]
+    score = whole["choices"]["highest_top1"]["scores"]["report"]
+    dots = [tuple(map(float, xy)) for line in drawn.axes[0].lines for xy in zip(*line.get_data(), strict=True)]
+    assert (100 * score["asr_top1"], 100 * score["zeroshot_top1"]) in dots
+    drawn = measure_figures.difference_figure(found["differences"])
+    assert drawn is not None
+    shown = {float(x) for axis in drawn.axes for line in axis.lines for x in line.get_xdata()}
+    for entry in found["differences"]:
+        if entry["low"] is not None:
+            assert {100 * entry[name] for name in ("difference", "low", "high")} <= shown
+
+
+def test_nothing_measured_nothing_drawn() -> None:
+    assert measure_figures.method_figure(fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))) is None
+    assert measure_figures.instability_figure([]) is None
+    assert measure_figures.defender_figure([], []) is None
+    assert measure_figures.difference_figure([]) is None
+    assert measure_figures.attainment_figure([]) is None
+
+
+def test_measures_are_in_the_report(page: str) -> None:
+    shown = _Page(page).text
+    found = analysis.analyse([analysis.Run("run", _epoch_rows(), _trial_rows())])
+    assert "Instability over epochs, report half." in shown
+    for entry in found["differences"]:
+        assert f"{100 * entry['first_value']:.2f} {100 * entry['second_value']:.2f}" in shown
+    for choice in ("highest_top1", "last_epoch"):
+        point = found["runs"][0]["defender"][0]["choices"][choice]
+        score = point["scores"]["report"]
+        assert (
+            f"{100 * score['zeroshot_top1']:.2f} {100 * score['asr_top1']:.2f} {100 * score['regret_asr']:.2f}" in shown
+        )
+    assert "BatchNorm statistics refreshed" not in shown
+
+
+def test_report_of_several_methods_shows_their_front_and_the_baseline(tmp_path: Path) -> None:
+    store, (epochs, trials) = Store(str(tmp_path)), _method_rows()
+    tables.write(store, "epochs", "e", epochs)
+    tables.write(store, "trials", "t", trials)
+    store.put("study.json", json.dumps({"study": {"name": "methods"}}).encode())
+    shown = _Page(html.build(store).decode()).text
+    assert "mmcl cleaned by any method" in shown
+    assert "mmcl cleaned by par" not in shown
+    assert "Cleaning methods: chosen on the search half" in shown
+    assert "Baseline, BatchNorm statistics refreshed and nothing trained" in shown
+    assert "par, lr 4e-5" in shown
+
+
+def test_report_of_imported_results_says_what_is_not_known(tmp_path: Path) -> None:
+    """No plan, no pretraining, no picture, one half, and trials of which only the learning rate is known."""
+    store = Store(str(tmp_path))
+    unknown = {"robust_top1": None, "correct_triggered": None, "broken": None}
+    whole = [{**row, **unknown, "split": "all"} for row in _epoch_rows() if row["split"] == "search"]
+    known = ("study", "study_hash", "trial_id", "objective", "pretrain_id", "method", "state", "lr")
+    trials = [_row("trials", **{name: row[name] for name in known}) for row in _trial_rows() if row["number"] < 3]
+    tables.write(store, "epochs", "e", whole)
+    tables.write(store, "trials", "t", trials)
+    store.put("study.json", json.dumps({"study": {"name": "imported"}, "source": {"name": "<sweep>.csv"}}).encode())
+    page = html.build(store).decode()
+    shown = _Page(page).text
+    assert "imported from <sweep>.csv : only what it holds is known" in shown
+    assert "How the training pairs were poisoned is not known" in shown
+    assert "How the poisoned models were pretrained is not known" in shown
+    assert "chosen and quoted on the same images, all of them" in shown
+    assert "report half" not in shown
+    assert "search half" not in shown
+    assert "lr 4e-5" in shown
+    assert "None" not in shown
+    assert 'aria-label="Accuracy against attack success rate"' in page
+    shown = _pareto(store.root)
+    assert "chosen and quoted on the same images, all of them" in " ".join(shown.split())
+    assert "half" not in shown
+    assert "None" not in shown
+
+
 def _printed(width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     summaries = fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))
@@ -385,7 +488,11 @@ def test_pareto_prints_every_measure_in_100_columns(run: Store) -> None:
     shown = _pareto(run.root)
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 100
-    for title in ("instability over epochs", "does not know the trigger", "differences between pretrain objectives"):
+    for title in (
+        "instability over epochs",
+        "taken without knowing the trigger",
+        "differences between pretrain objectives",
+    ):
         assert shown.count(title) == 1
     assert "attainment" not in shown
     assert "BatchNorm" not in shown
@@ -398,12 +505,20 @@ def test_pareto_prints_every_measure_in_100_columns(run: Store) -> None:
         assert f"{100 * entry['rebound']:.1f}" in shown
 
 
+METHODS = {0: "cleanclip", 1: "par", 2: "batchnorm_refresh"}
+
+
+def _method_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Epochs and trials in which each trial has another method."""
+    epochs = [{**row, "method": METHODS[int(row["trial_id"][-1])]} for row in _epoch_rows()]
+    trials = [{**row, "method": METHODS[row["number"]]} for row in _trial_rows() if row["number"] < 3]
+    return epochs, trials
+
+
 def test_pareto_of_several_runs_and_methods(tmp_path: Path) -> None:
-    methods = {0: "cleanclip", 1: "par", 2: "batchnorm_refresh"}
     for name in ("a", "b"):
         store = Store(str(tmp_path / name))
-        epochs = [{**row, "method": methods[int(row["trial_id"][-1])]} for row in _epoch_rows()]
-        trials = [{**row, "method": methods[row["number"]]} for row in _trial_rows() if row["number"] < 3]
+        epochs, trials = _method_rows()
         tables.write(store, "epochs", "e", epochs)
         tables.write(store, "trials", "t", trials)
         store.put("study.json", b"{}")
@@ -412,14 +527,14 @@ def test_pareto_of_several_runs_and_methods(tmp_path: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 100
     assert shown.count("cleaning methods: chosen on the search half") == 2
     assert shown.count("mmcl_ssl cleaned by any method: front of all epochs") == 2
-    assert "cleaned by par" not in shown  # one table for each model; each method has a row
-    assert shown.count("baseline: BatchNorm statistics refreshed") == 2
+    assert "cleaned by par: front" not in shown  # one table for each model; each method has a row
+    assert shown.count("baseline, BatchNorm statistics refreshed") == 2
     assert "attainment over 2 runs" in shown
     assert re.search(r"trial +method +epoch", shown)
-    assert "2 runs and their trials drawn anew" in shown
+    assert "2 runs and their trials drawn anew" in " ".join(shown.split())
     rows = list(csv.DictReader(io.StringIO(_pareto(str(tmp_path / "a"), str(tmp_path / "b"), "-f", "csv"))))
     assert {row["run"] for row in rows} == {str(tmp_path / "a"), str(tmp_path / "b")}
-    assert {row["method"] for row in rows} == {"all", *methods.values()}
+    assert {row["method"] for row in rows} == {"all", *METHODS.values()}
     done = CliRunner().invoke(app, ["pareto", str(tmp_path / "a"), str(tmp_path / "a")])
     assert isinstance(done.exception, RaybdError)
     assert "given twice" in str(done.exception)
@@ -466,7 +581,7 @@ def test_notebook_runs_on_a_run_directory(run: Store, tmp_path: Path, monkeypatc
 
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        assert 'RUN = "runs/demo"' in code[0].source
+        assert 'RUNS = ["runs/demo"]' in code[0].source
         assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
         monkeypatch.setenv("RAYBD_RUN", run.root)
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
@@ -474,8 +589,8 @@ def test_notebook_runs_on_a_run_directory(run: Store, tmp_path: Path, monkeypatc
         client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
         client.execute()
     outputs = [output for cell in code for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
-    printed = "".join(output.get("text", "") for output in outputs)
-    assert "within 1: accuracy" in printed
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "taken without knowing the trigger" in printed
     summary = fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))[0]
     assert f"{summary['hypervolume']:.4f}" in printed

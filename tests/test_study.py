@@ -334,7 +334,7 @@ def test_embedded_data_sets() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "search_spaces").glob("*.yaml")), *sorted((ROOT / "tests" / "studies").glob("*.yaml"))],
+    [*sorted((ROOT / "search_spaces").rglob("*.yaml")), *sorted((ROOT / "tests" / "studies").glob("*.yaml"))],
     ids=lambda path: path.stem,
 )
 def test_shipped_studies_load_and_survive_being_written_out(path: Path) -> None:

@@ -32,8 +32,8 @@ Rows: TypeAlias = pa.Table | Iterable[Row]
 TEXT, AXIS, GRID, PAGE = "#24292e", "#57606a", "#d8dde3", "#fefefe"
 POINT, FRONT, FINAL, POISONED = "#9299a1", "#0072b2", "#64b4dc", "#d55e00"
 SERIES = ("#0071b2", "#d65e00", "#009e73", "#cc79a7", "#8a6d00", "#5b5ea6")
-_STYLES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _STEPS = 9
 _VIRIDIS = mpl.colormaps["viridis"]
 _RAMP = tuple(to_hex(_VIRIDIS(x)) for x in np.linspace(0.0, 0.85, _STEPS))
@@ -52,7 +52,7 @@ DARK: dict[str, str] = {
 }
 # Above so many points a scatter becomes a picture inside the SVG: the page stays small.
 _MAX_VECTOR_POINTS = 1500
-_RC = {
+RC = {
     "svg.fonttype": "path",
     "svg.hashsalt": "raybd",
     "font.family": "DejaVu Sans",
@@ -86,20 +86,20 @@ def column(rows: Iterable[Row], name: str, *, scale: float = 1.0) -> np.ndarray:
     return np.array([np.nan if row[name] is None else row[name] * scale for row in rows], dtype=np.float64)
 
 
-def _by_objective(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+def by_objective(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         found[row["objective"], row["pretrain_id"]].append(row)
     return found
 
 
-def _figure(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4) -> None:
+def legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4) -> None:
     """Put one legend for all axes below them, where it covers nothing."""
     found: dict[str, Any] = {}
     for axis in axes:
@@ -109,14 +109,14 @@ def _legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4) -> None:
         figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(columns, len(found)))
 
 
-def _empty(what: str) -> Figure:
-    with mpl.rc_context(_RC):
-        figure = _figure(6, 1.2)
+def empty(what: str) -> Figure:
+    with mpl.rc_context(RC):
+        figure = canvas(6, 1.2)
         figure.text(0.5, 0.5, what, ha="center", va="center", color=TEXT)
     return figure
 
 
-def _grid(figure: Figure, panels: int, *, rows: int = 1, **share: Any) -> np.ndarray:
+def axes_grid(figure: Figure, panels: int, *, rows: int = 1, **share: Any) -> np.ndarray:
     """Return axes, shape [rows, panels]."""
     return figure.subplots(rows, panels, squeeze=False, **share)
 
@@ -132,17 +132,17 @@ def front_figure(epochs: Rows, fronts: Rows, *, split: str = "report") -> Figure
         fronts: rows of the `fronts` table.
         split: the images to show: `search`, `report` or `all`.
     """
-    points = _by_objective(row for row in rows_of(epochs) if row["split"] == split)
-    members = _by_objective(row for row in shown_fronts(rows_of(fronts)) if row["split"] == split)
+    points = by_objective(row for row in rows_of(epochs) if row["split"] == split)
+    members = by_objective(row for row in shown_fronts(rows_of(fronts)) if row["split"] == split)
     names = objective_names(row for rows in points.values() for row in rows)
     if not names:
-        return _empty("no cleaning trial has reported yet")
-    with mpl.rc_context(_RC):
+        return empty("no cleaning trial has reported yet")
+    with mpl.rc_context(RC):
         columns = min(3, len(names))
         lines = -(-len(names) // columns)
-        figure = _figure(max(5.0, 4.4 * columns), 0.7 + 3.7 * lines)
-        axes = _grid(figure, columns, rows=lines, sharex=True, sharey=True)
-        bottom = _front_limits(
+        figure = canvas(max(5.0, 4.4 * columns), 0.7 + 3.7 * lines)
+        axes = axes_grid(figure, columns, rows=lines, sharex=True, sharey=True)
+        bottom = front_limits(
             axes.flat[0], [r for k in names for r in points[k]], [r for m in members.values() for r in m]
         )
         for axis, (key, name) in zip(axes.flat, names.items(), strict=False):
@@ -155,11 +155,11 @@ def front_figure(epochs: Rows, fronts: Rows, *, split: str = "report") -> Figure
             axis.set_ylabel(ACCURACY)
         for axis in axes[-1]:
             axis.set_xlabel(ASR)
-        _legend(figure, axes.flat)
+        legend(figure, axes.flat)
     return figure
 
 
-def _front_limits(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> float:
+def front_limits(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> float:
     """Set limits that give the fronts room, even if ruined models lie far below them; return the lower one."""
     accuracy = column(points, "zeroshot_top1", scale=100)
     chosen = column(members, "zeroshot_top1", scale=100) if members else accuracy
@@ -242,14 +242,14 @@ def trajectory_figure(epochs: Rows, trials: Rows, *, split: str = "report") -> F
         trials: rows of the `trials` table, for the learning rates; a trial without one is drawn grey.
         split: the images to show.
     """
-    points = _by_objective(row for row in rows_of(epochs) if row["split"] == split)
+    points = by_objective(row for row in rows_of(epochs) if row["split"] == split)
     names = objective_names(row for rows in points.values() for row in rows)
     if not names:
-        return _empty("no cleaning trial has reported yet")
+        return empty("no cleaning trial has reported yet")
     lr_of = {row["trial_id"]: row["lr"] for row in rows_of(trials) if row["lr"]}
-    with mpl.rc_context(_RC):
-        figure = _figure(max(5.6, 0.9 + 4.0 * len(names)), 5.4)
-        axes = _grid(figure, len(names), rows=2, sharex=True, sharey="row")
+    with mpl.rc_context(RC):
+        figure = canvas(max(5.6, 0.9 + 4.0 * len(names)), 5.4)
+        axes = axes_grid(figure, len(names), rows=2, sharex=True, sharey="row")
         norm, colours = _lr_scale(lr_of.values()), ListedColormap(_RAMP)
         for k, (key, name) in enumerate(names.items()):
             for axis, measure in ((axes[0, k], "zeroshot_top1"), (axes[1, k], "asr_top1")):
@@ -311,16 +311,16 @@ def pretrain_figure(pretrain_epochs: Rows) -> Figure:
     """
     rows = rows_of(pretrain_epochs)
     if not rows:
-        return _empty("no epoch of pretraining has finished yet")
-    runs, names = _by_objective(rows), objective_names(rows)
+        return empty("no epoch of pretraining has finished yet")
+    runs, names = by_objective(rows), objective_names(rows)
     panels = (
         ("zeroshot_top1", 100, ACCURACY),
         ("asr_top1", 100, "attack success rate (% of triggered)"),
         ("loss", 1, "training loss (nats)"),
     )
-    with mpl.rc_context(_RC):
-        figure = _figure(10.2, 3.5)
-        axes = _grid(figure, len(panels), sharex=True)[0]
+    with mpl.rc_context(RC):
+        figure = canvas(10.2, 3.5)
+        axes = axes_grid(figure, len(panels), sharex=True)[0]
         for i, (key, name) in enumerate(names.items()):
             run = sorted(runs[key], key=lambda row: row["epoch"])
             for axis, (measure, scale, _) in zip(axes, panels, strict=True):
@@ -328,8 +328,8 @@ def pretrain_figure(pretrain_epochs: Rows) -> Figure:
                     column(run, "epoch"),
                     column(run, measure, scale=scale),
                     color=SERIES[i % len(SERIES)],
-                    linestyle=_STYLES[i % len(_STYLES)],
-                    marker=_MARKERS[i % len(_MARKERS)] if len(run) <= 20 else None,
+                    linestyle=STYLES[i % len(STYLES)],
+                    marker=MARKERS[i % len(MARKERS)] if len(run) <= 20 else None,
                     markersize=4,
                     linewidth=1.6,
                     label=name,
@@ -341,7 +341,7 @@ def pretrain_figure(pretrain_epochs: Rows) -> Figure:
             if measure == "asr_top1":
                 axis.set_ylim(-2, 102)
         axes[0].set_ylim(bottom=0)
-        _legend(figure, axes)
+        legend(figure, axes)
     return figure
 
 
@@ -351,7 +351,7 @@ def pretrain_figure(pretrain_epochs: Rows) -> Figure:
 def png(figure: Figure, *, dpi: int = 150) -> bytes:
     """Return a figure as PNG, on a white ground."""
     sink = io.BytesIO()
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(RC):
         figure.savefig(sink, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return sink.getvalue()
 
@@ -365,7 +365,7 @@ def svg(figure: Figure, *, prefix: str = "", themed: bool = False) -> str:
         themed: write each colour of `DARK` as a CSS variable (`variable`) with the colour itself as its fallback.
     """
     sink = io.StringIO()
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(RC):
         figure.savefig(sink, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = sink.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -16,14 +16,15 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
+from raybd import analysis, pareto, tables
 from raybd import fronts as front_maths
-from raybd import pareto, tables
 from raybd.errors import DataError
 from raybd.fronts import ALL_METHODS
 from raybd.metrics import ALIKE, STRONG, wilson
-from raybd.report import attacks, figures, words
-from raybd.report.words import Front, Row
+from raybd.report import attacks, figures, grids, measure_figures, words
+from raybd.report.words import Front, Grid, Row
 from raybd.store import Store
 
 NAME = "report.html"
@@ -51,6 +52,7 @@ def build(store: Store) -> bytes:
     found = {name: tables.read(store, name).to_pylist() for name in tables.SCHEMAS}
     if not found["fronts"]:
         found["fronts"] = front_maths.compute(found["epochs"], found["trials"])
+    measured = analysis.analyse([analysis.Run(_location(store), found["epochs"], found["trials"])])
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.get_template("report.html.j2").render(
@@ -65,7 +67,8 @@ def build(store: Store) -> bytes:
         poisoned=_poisoned_models(found["pretrain_epochs"]),
         warnings=_warnings(found["pretrain_epochs"]),
         cleaned=_cleaned(found),
-        pictures=_pictures(found),
+        measures=_measures(found, measured),
+        pictures=_pictures(found, measured),
         trials=_trials(found),
         states=Counter(row["state"] for row in found["trials"]),
         failures=[row for row in _by_number(found["trials"]) if _went_wrong(row)],
@@ -179,9 +182,8 @@ def _cleaned(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
     trials = {row["trial_id"]: row for row in found["trials"]}
     measured = {(row["trial_id"], row["epoch"], row["split"]): row for row in found["epochs"]}
     groups: dict[tuple[str, str], list[Front]] = defaultdict(list)
-    for front in words.pair(front_maths.summarise(found["fronts"])):
+    for front in words.shown_fronts(words.pair(front_maths.summarise(found["fronts"]))):
         groups[front.name, front.method].append(front)
-    shown = {(front.name, front.method) for kinds in groups.values() for front in words.shown_fronts(kinds)}
     return [
         {
             "name": name,
@@ -191,8 +193,7 @@ def _cleaned(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
             "baseline": {split: kinds[0].half(split)["baseline"] for split in kinds[0].splits},
             "fronts": [_front(front, trials, measured) for front in kinds],
         }
-        for (name, method), kinds in groups.items()
-        if (name, method) in shown
+        for (name, _), kinds in groups.items()
     ]
 
 
@@ -207,7 +208,7 @@ def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row])
         if front.method == ALL_METHODS and trial and "method" not in json.loads(trial["params_json"] or "{}"):
             settings = f"{trial['method']}, {settings}"
         return {
-            "trial": "–" if epoch == 0 else str(trial["number"]) if trial else trial_id,
+            "trial": "–" if epoch == 0 else words.trial_name(trial_id, trial),
             "epoch": epoch,
             "settings": "poisoned model, not cleaned" if epoch == 0 else settings,
             "checkpoint": searched["checkpoint"] or "",
@@ -236,18 +237,29 @@ def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row])
     }
 
 
-def _pictures(found: Mapping[str, list[Row]]) -> dict[str, Markup]:
+def _measures(found: Mapping[str, list[Row]], measured: Mapping[str, Any]) -> list[Grid]:
+    """Return the grids of all measures."""
+    made = grids.methods(front_maths.summarise(found["fronts"]))
+    return [*made, *grids.of_run(measured["runs"][0], found["trials"]), *grids.between(measured)]
+
+
+def _pictures(found: Mapping[str, list[Row]], measured: Mapping[str, Any]) -> dict[str, Markup]:
     """Return the figures as SVG elements; those without data are left out."""
-    drawn = {}
+    drawn: dict[str, Figure | None] = {}
     if found["epochs"]:
         splits = front_maths.halves(found["epochs"])
         for split in reversed(splits):
             drawn[f"front-{split}"] = figures.front_figure(found["epochs"], found["fronts"], split=split)
         drawn["trajectories"] = figures.trajectory_figure(found["epochs"], found["trials"], split=splits[-1])
+        run = measured["runs"][0]
+        drawn["methods"] = measure_figures.method_figure(run["fronts"])
+        drawn["instability"] = measure_figures.instability_figure(run["instability"])
+        drawn["defender"] = measure_figures.defender_figure(run["defender"], run["fronts"])
+        drawn["differences"] = measure_figures.difference_figure(measured["differences"])
     if found["pretrain_epochs"]:
         drawn["pretraining"] = figures.pretrain_figure(found["pretrain_epochs"])
     # Our own drawing, its texts turned to outlines: nothing in it can be markup from elsewhere.
-    return {name: Markup(figures.svg(figure, prefix=name, themed=True)) for name, figure in drawn.items()}
+    return {name: Markup(figures.svg(figure, prefix=name, themed=True)) for name, figure in drawn.items() if figure}
 
 
 # Trials, what failed, what was skipped
@@ -282,7 +294,7 @@ def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
             index = pareto.largest_area([e["zeroshot_top1"] for e in epochs], [e["asr_top1"] for e in epochs])
             best = reported.get((row["trial_id"], epochs[index]["epoch"]))
         name = names[row["objective"], row["pretrain_id"]]
-        number = "–" if row["number"] is None else row["number"]
+        number = words.trial_name(row["trial_id"], row)
         listed.append({"name": name, "row": row, "number": number, "settings": words.settings(row), "best": best})
     return listed
 

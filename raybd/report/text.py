@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -16,7 +16,7 @@ from rich.text import Text
 from raybd import tables
 from raybd.fronts import ALL_METHODS
 from raybd.report import words
-from raybd.report.words import Front, Row
+from raybd.report.words import Front, Grid, Row
 
 
 def front_tables(summaries: Iterable[Row], trials: Iterable[Row] = (), *, kind: str = "any_epoch") -> list[Table]:
@@ -37,34 +37,21 @@ def front_tables(summaries: Iterable[Row], trials: Iterable[Row] = (), *, kind: 
     return found
 
 
-def method_table(summaries: Iterable[Row], *, kind: str = "any_epoch") -> Table | None:
-    """Return one row for each cleaning method of each poisoned model; None if none has several methods."""
-    fronts = [front for front in words.pair(summaries) if front.kind == kind]
-    if not any(front.method == ALL_METHODS for front in fronts):
-        return None
-    table = table_of(f"cleaning methods: {words.quoted_on(fronts[0].splits)}")
-    for name in ("\npoisoned model", "\nmethod"):
-        table.add_column(name, no_wrap=True)
-    for name in ("hyper-\nvolume", "share\n%", "ASR % at\n≤ 1 point", "acc. % at\nASR ≤ 5 %", "accuracy\nlost %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for front in fronts:
-        own, lost = front.report, front.report["best_top1_at_asr"]["0.05"]
-        within = own["best_asr_within"]["1"]
-        table.add_row(
-            front.name,
-            words.method_name(front.method),
-            f"{own['hypervolume']:.4f}",
-            words.percent(own["hypervolume_share"], digits=1),
-            words.percent(within and within["asr_top1"]),
-            words.percent(lost and lost["zeroshot_top1"]),
-            words.percent(lost and lost["share_lost"], digits=1),
-            style="bold" if front.method == ALL_METHODS else None,
-        )
+def rendered(grid: Grid) -> Table:
+    """Return a grid as a table for a terminal."""
+    table = _table_of(grid.title, grid.note)
+    for column in grid.columns:
+        justify: Literal["left", "right"] = "right" if column.number else "left"
+        table.add_column(column.head, justify=justify, no_wrap=True, style="bold" if column.strong else None)
+    for kind, cells in grid.rows:
+        table.add_row(*map(Text, cells), style=_STYLES.get(kind))
     return table
 
 
-def table_of(title: str, caption: str = "") -> Table:
-    """Return an empty table in the style of all."""
+_STYLES = {"base": "red", "head": "bold", "strong": "bold"}
+
+
+def _table_of(title: str, caption: str = "") -> Table:
     return Table(
         title=Text(title),
         title_justify="left",
@@ -76,26 +63,22 @@ def table_of(title: str, caption: str = "") -> Table:
     )
 
 
-def add_score_columns(table: Table, splits: Iterable[str]) -> None:
-    """Add accuracy and ASR for each half; the one that is quoted is bold."""
-    splits = tuple(splits)
-    for split in splits:
-        first, second = words.IMAGES[split].split()
-        for name in (f"{first}\nacc %", f"{second}\nASR %"):
-            table.add_column(name, justify="right", no_wrap=True, style="bold" if split == splits[-1] else None)
+def _add_score_columns(table: Table, front: Front) -> None:
+    for column in words.score_columns(front.splits):
+        table.add_column(column.head, justify="right", no_wrap=True, style="bold" if column.strong else None)
 
 
 def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
     shares = [f"{front.half(s)['hypervolume']:.4f} on {words.IMAGES[s]}" for s in front.splits]
     parts = f"{words.percent(front.report['hypervolume_share'], digits=1)} % of the poisoned model's rectangle"
     caption = f"hypervolume: {', '.join(shares)}; {parts}"
-    table = table_of(f"{front.title}: front of {_KIND[front.kind]}", caption)
+    table = _table_of(f"{front.title}: front of {_KIND[front.kind]}", caption)
     table.add_column("\ntrial", justify="right", no_wrap=True)
     if front.method == ALL_METHODS:
         table.add_column("\nmethod", no_wrap=True)
     for name in ("\nepoch", "\nlr", "mmcl/ssl\nweights"):
         table.add_column(name, justify="right", no_wrap=True)
-    add_score_columns(table, front.splits)
+    _add_score_columns(table, front)
     blank = [""] * (4 if front.method == ALL_METHODS else 3)
     baseline = _scores(front, front.search["baseline"], front.report["baseline"])
     table.add_row("poisoned", *blank, *baseline, style="red", end_section=True)
@@ -111,7 +94,8 @@ def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
             continue
         planned = trial["epochs_planned"]
         epoch = f"{searched['epoch']} of {planned}" if planned is not None else str(searched["epoch"])
-        table.add_row(str(trial["number"]), *method, epoch, words.number(trial["lr"]), words.weights(trial), *scores)
+        who = Text(words.trial_name(searched["trial_id"], trial))
+        table.add_row(who, *method, epoch, words.number(trial["lr"]), words.weights(trial), *scores)
     return table
 
 
@@ -124,18 +108,18 @@ def _scores(front: Front, searched: Row, reported: Row) -> list[str]:
 
 
 def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
-    table = table_of(f"{front.name}: {words.quoted_on(front.splits)}")
+    table = _table_of(f"{front.name}: {words.quoted_on(front.splits)}")
     table.add_column("\nbest", no_wrap=True)
     for name in ("\ntrial", "\nepoch"):
         table.add_column(name, justify="right", no_wrap=True)
-    add_score_columns(table, front.splits)
+    _add_score_columns(table, front)
     table.add_column("accuracy\nlost %", justify="right", no_wrap=True)
     for rule, chosen, quoted in front.chosen():
         if chosen is None or quoted is None:
             table.add_row(rule.removeprefix("best "), "none")
             continue
         trial = trials.get(chosen["trial_id"])
-        who = "poisoned" if chosen["epoch"] == 0 else str(trial["number"]) if trial else chosen["trial_id"]
+        who = "poisoned" if chosen["epoch"] == 0 else words.trial_name(chosen["trial_id"], trial)
         lost = words.percent(quoted["share_lost"], digits=1)
         table.add_row(
             rule.removeprefix("best "), Text(who), str(chosen["epoch"]), *_scores(front, chosen, quoted), lost

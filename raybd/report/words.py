@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,11 @@ def number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def trial_name(trial_id: str, trial: Row | None) -> str:
+    """Return how a trial is called in a table: by its number, or by its id if that is not known."""
+    return trial_id if trial is None or trial["number"] is None else str(trial["number"])
 
 
 def weights(trial: Row | None) -> str:
@@ -136,6 +141,56 @@ def shown_fronts(fronts: Iterable[FrontOrRow]) -> list[FrontOrRow]:
     found = list(fronts)
     several = {key(front)[:2] for front in found if key(front)[2] == ALL_METHODS}
     return [front for front in found if key(front)[2] == ALL_METHODS or key(front)[:2] not in several]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a `Grid`.
+
+    Attributes:
+        head: its heading, in two lines.
+        number: whether it holds numbers.
+        strong: whether it is what matters.
+        alone: the heading, in two lines, where it does not need the column beside it to be understood; default `head`.
+    """
+
+    head: str
+    number: bool = False
+    strong: bool = False
+    alone: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the heading by itself."""
+        return (self.alone or self.head).strip().split("\n")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts, for a terminal and for a page alike.
+
+    Attributes:
+        title: what it shows, and of which images.
+        note: how to read it.
+        columns: left to right.
+        rows: cells of each row, which may be fewer than columns, after its kind: `base` for the poisoned model, `head`
+            for the name of the rows that follow, `strong`, or nothing.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[Column]
+    rows: Sequence[tuple[str, Sequence[str]]]
+
+
+def score_columns(splits: Iterable[str]) -> list[Column]:
+    """Return columns of accuracy and ASR for each half; those of the half that is quoted are strong."""
+    splits = tuple(splits)
+    return [
+        Column(f"{part}\n{rate}", number=True, strong=split == splits[-1], alone=f"{IMAGES[split]}\n{rate}")
+        for split in splits
+        for part, rate in zip(IMAGES[split].split(), ("acc %", "ASR %"), strict=True)
+    ]
 
 
 def quoted_on(splits: Iterable[str]) -> str:

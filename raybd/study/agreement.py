@@ -1,9 +1,10 @@
-"""Whether what is searched has an effect on the methods that it is searched for."""
+"""Whether settings and methods agree: what is searched has an effect, and what a method needs is there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import product
+from operator import attrgetter
 
 from raybd.space import Range, Value
 from raybd.study.cleaning import Clean, CleanSettings
@@ -35,10 +36,11 @@ def _drawn_for(name: str, space: Mapping[str, Range], possible: frozenset[Method
 
 
 def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
-    """Yield a sentence for each setting, searched or given, that methods would ignore.
+    """Yield a sentence for each setting, searched or given, that methods would ignore or cannot do without.
 
     Without this a trial's record would show values that changed nothing, and a sampler would learn from them.
     """
+    yield from _unmet(clean, space)
     possible = methods(clean, space)
     if all(any(values(clean, space, name)) for name in ("leaked_poison", "leaked_share")):
         yield "leaked_poison and leaked_share: a trial may have one of the two, set the other to 0"
@@ -58,7 +60,7 @@ def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
 def values(clean: Clean, space: Mapping[str, Range], name: str) -> list[Value]:
     """Return the smallest and the largest value that trials may have of a setting, or all that it may choose from."""
     found = space.get(name)
-    own: list[Value] = [getattr(clean, name)]
+    own: list[Value] = [attrgetter(name)(clean)]
     if found is None:
         return own
     given = found.choices if found.choices is not None else (found.low, found.high)
@@ -73,6 +75,24 @@ def cleaning_sets(clean: Clean, space: Mapping[str, Range]) -> list[CleanSetting
         sorted({min(found, key=float), max(found, key=float)}) for found in (values(clean, space, n) for n in names)
     ]
     return [clean.settings(dict(zip(names, point, strict=True))) for point in product(*ends)]
+
+
+def _unmet(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
+    possible = methods(clean, space)
+    if Method.PSEUDO_LABELS in possible:
+        for leaf in ("model", "checkpoint"):
+            if not getattr(clean.pseudo_labels, leaf) and f"pseudo_labels.{leaf}" not in space:
+                yield f"clean.pseudo_labels.{leaf}: missing: pseudo_labels needs another model to label the images"
+    if Method.DEEP_CLUSTERING in possible:
+        name = "deep_clustering.clusters"
+        found = values(clean, space, name)
+        if name in space and set(space[name].when) <= {"method"}:
+            # Always drawn where it matters, so the study's own is never in force.
+            found = [value for value in (*(space[name].choices or ()), space[name].high) if value is not None]
+        most = max(found, key=float)
+        pairs = min(values(clean, space, "num_samples"), key=float)
+        if float(most) > float(pairs):
+            yield f"clean.deep_clustering.clusters: {most} clusters of {pairs} cleaning pairs"
 
 
 def _fix(left: frozenset[Method]) -> str:

@@ -1,0 +1,216 @@
+"""Figures of what `raybd.analysis` measures: methods, instability, blind choices, differences, attainment.
+
+Each takes what the analysis gives and returns None where there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from raybd.fronts import ALL_METHODS, objective_names
+from raybd.report import figures, words
+from raybd.report.figures import ACCURACY, ASR, FRONT, MARKERS, PAGE, POINT, POISONED, RC, SERIES, STYLES
+from raybd.report.grids import MEASURES, RULES
+from raybd.report.words import Front, Row
+
+
+def _panels(names: Sequence[str], *, share: bool = True) -> tuple[Figure, list[Axes]]:
+    """Return a figure with one panel for each poisoned model, of accuracy against ASR."""
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = figures.canvas(max(5.0, 4.4 * columns), 0.8 + 3.7 * lines)
+    axes = figures.axes_grid(figure, columns, rows=lines, sharex=share, sharey=share)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(ACCURACY)
+    for axis in axes[-1]:
+        axis.set_xlabel(ASR)
+    found = list(axes.flat[: len(names)])
+    for axis, name in zip(found, names, strict=True):
+        axis.set_title(name, loc="left")
+        axis.set_xlim(-2, 102)
+    return figure, found
+
+
+def _step(axis: Axes, points: Iterable[Sequence[float]], **style: Any) -> None:
+    """Draw the border of what (accuracy, ASR) points dominate."""
+    ordered = np.array(sorted(points, key=lambda point: (point[1], point[0])), dtype=np.float64).reshape(-1, 2)
+    if not len(ordered):
+        axis.plot([], [], **style)
+        return
+    reach = np.maximum.accumulate(ordered[:, 0])
+    asr = np.append(ordered[:, 1], max(1.0, ordered[-1, 1]))
+    axis.step(100 * asr, 100 * np.append(reach, reach[-1]), where="post", **style)
+
+
+def _points(entry: Row) -> list[tuple[float, float]]:
+    return [(row["zeroshot_top1"], row["asr_top1"]) for row in entry["front"]]
+
+
+def _every_epoch(summaries: Iterable[Row]) -> list[Front]:
+    return [front for front in words.pair(summaries) if front.kind == "any_epoch"]
+
+
+def method_figure(summaries: Sequence[Row]) -> Figure | None:
+    """Draw the front of each cleaning method, one panel for each poisoned model that has several methods.
+
+    Args:
+        summaries: what `fronts.summarise` gives.
+    """
+    fronts = _every_epoch(summaries)
+    models = [front.name for front in fronts if front.method == ALL_METHODS]
+    if not models:
+        return None
+    methods = sorted({front.method for front in fronts} - {ALL_METHODS})
+    with mpl.rc_context(RC):
+        figure, axes = _panels(models)
+        for front in fronts:
+            if front.method == ALL_METHODS or front.name not in models:
+                continue
+            i = methods.index(front.method)
+            # Colours come round again after six: then the line is another.
+            style = {"color": SERIES[i % len(SERIES)], "linestyle": STYLES[i // len(SERIES) % len(STYLES)]}
+            axis = axes[models.index(front.name)]
+            _step(axis, _points(front.report), label=front.method, linewidth=1.7, **style)
+        for axis, model in zip(axes, models, strict=True):
+            whole = next(front for front in fronts if (front.name, front.method) == (model, ALL_METHODS))
+            _poisoned(axis, whole.report["baseline"])
+        figures.legend(figure, axes)
+    return figure
+
+
+def _poisoned(axis: Axes, baseline: Row) -> None:
+    axis.plot(
+        100 * baseline["asr_top1"],
+        100 * baseline["zeroshot_top1"],
+        linestyle="",
+        marker="X",
+        markersize=9,
+        markerfacecolor=POISONED,
+        markeredgecolor=PAGE,
+        label="poisoned model",
+        zorder=5,
+        clip_on=False,
+    )
+
+
+def instability_figure(entries: Sequence[Row]) -> Figure | None:
+    """Draw unstable steps, rebound and the place of the best point, a line for each poisoned model and method.
+
+    Args:
+        entries: `instability` of `analysis.of_run`.
+    """
+    if not entries:
+        return None
+    names = objective_names(entries)
+    labels = [f"{names[e['objective'], e['pretrain_id']]}, {words.method_name(e['method'])}" for e in entries]
+    rows = np.arange(len(entries))[::-1]
+    with mpl.rc_context(RC):
+        figure = figures.canvas(10.2, 1.2 + 0.32 * len(entries))
+        axes = figures.axes_grid(figure, 3, sharey=True)[0]
+        for axis, measure in ((axes[0], "unstable_share"), (axes[1], "rebound")):
+            values = [100 * (entry[measure] or 0.0) for entry in entries]
+            axis.barh(rows, values, height=0.55, color=FRONT)
+            axis.set_xlim(0, max(1.0, 1.15 * max(values)))
+        for row, entry in zip(rows, entries, strict=True):
+            places = [trial["best_at"] for trial in entry["by_trial"]]
+            axes[2].plot(places, np.full(len(places), row), linestyle="", marker="o", markersize=4, color=POINT)
+            axes[2].plot(entry["best_at"], row, linestyle="", marker="D", markersize=6, color=FRONT)
+        axes[0].set_yticks(rows, labels)
+        axes[0].set_ylim(-0.6, len(entries) - 0.4)
+        axes[0].set_xlabel("unstable steps (%)")
+        axes[1].set_xlabel("rebound of ASR (points)")
+        axes[2].set_xlabel("best point (share of the trial's epochs)")
+        axes[2].set_xlim(-0.04, 1.04)
+    return figure
+
+
+def defender_figure(entries: Sequence[Row], summaries: Sequence[Row]) -> Figure | None:
+    """Draw what each blind rule takes beside the front, one panel for each poisoned model.
+
+    Args:
+        entries: `defender` of `analysis.of_run`.
+        summaries: its `fronts`.
+    """
+    shown = words.shown_fronts(_every_epoch(summaries))
+    choices = {(e["objective"], e["pretrain_id"], e["method"]): e["choices"] for e in entries}
+    shown = [f for f in shown if any(choices.get((f.objective, f.pretrain_id, f.method), {}).values())]
+    if not shown:
+        return None
+    with mpl.rc_context(RC):
+        figure, axes = _panels([f"{front.title}: {words.IMAGES[front.splits[-1]]}" for front in shown])
+        for axis, front in zip(axes, shown, strict=True):
+            _step(axis, _points(front.report), color=FRONT, linewidth=2.0, label="front of all epochs")
+            for i, (rule, point) in enumerate(choices[front.objective, front.pretrain_id, front.method].items()):
+                if point is None:
+                    continue
+                score = point["scores"][front.splits[-1]]
+                axis.plot(
+                    100 * score["asr_top1"],
+                    100 * score["zeroshot_top1"],
+                    linestyle="",
+                    marker=MARKERS[i],
+                    markersize=(12, 9, 7)[i],  # where two rules take the same point, both show
+                    color=SERIES[i + 1],
+                    markeredgecolor=PAGE,
+                    label=RULES[rule],
+                    zorder=4,
+                    clip_on=False,
+                )
+            _poisoned(axis, front.report["baseline"])
+        figures.legend(figure, axes, columns=5)
+    return figure
+
+
+def difference_figure(entries: Sequence[Row]) -> Figure | None:
+    """Draw each difference between pretrain objectives with its interval, one panel for each measure.
+
+    Args:
+        entries: `differences` of `analysis.analyse`.
+    """
+    known = [entry for entry in entries if entry["difference"] is not None and entry["low"] is not None]
+    if not known:
+        return None
+    lines = list(dict.fromkeys((e["first"], e["second"], e["method"]) for e in known))
+    with mpl.rc_context(RC):
+        figure = figures.canvas(10.2, 1.2 + 0.36 * len(lines))
+        axes = figures.axes_grid(figure, len(MEASURES), sharey=True)[0]
+        for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+            axis.axvline(0, color=POISONED, linewidth=1.0, linestyle="--")
+            for entry in known:
+                if entry["measure"] != measure:
+                    continue
+                row = len(lines) - 1 - lines.index((entry["first"], entry["second"], entry["method"]))
+                axis.plot([100 * entry["low"], 100 * entry["high"]], [row, row], color=FRONT, linewidth=2.2)
+                axis.plot(100 * entry["difference"], row, linestyle="", marker="o", markersize=6, color=FRONT)
+            axis.set_xlabel(label)
+        names = [f"{first} − {second}, {words.method_name(method)}" for first, second, method in reversed(lines)]
+        axes[0].set_yticks(range(len(lines)), names)
+        axes[0].set_ylim(-0.6, len(lines) - 0.4)
+    return figure
+
+
+def attainment_figure(entries: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Draw the best, median and worst attainment surfaces over several runs, one panel for each objective and method.
+
+    Args:
+        entries: `attainment` of `analysis.analyse`.
+    """
+    if not entries:
+        return None
+    with mpl.rc_context(RC):
+        titles = [f"{entry['objective']} cleaned by {words.method_name(entry['method'])}" for entry in entries]
+        figure, axes = _panels(titles)
+        for axis, entry in zip(axes, entries, strict=True):
+            for i, (name, level) in enumerate(entry["levels"].items()):
+                label = f"{name}: attained by {level['attained_by']} of {entry['runs']} runs"
+                _step(axis, level["points"], color=SERIES[i], linestyle=STYLES[i], linewidth=1.8, label=label)
+        figures.legend(figure, axes)
+    return figure
