@@ -18,6 +18,7 @@ from raybd.study import Study, searchable
 
 _MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
+_MAX_DEPTH = 8
 Path_ = tuple[str | int, ...]
 
 
@@ -138,6 +139,8 @@ def _whole(
     chain = (*below, str(Path(source).resolve()))
     if str(path.resolve()) in chain:
         raise StudyError(f"extends: {name} extends this study in turn", where=where)
+    if len(chain) > _MAX_DEPTH:
+        raise StudyError(f"extends: more than {_MAX_DEPTH} studies on top of each other", where=where)
     base_marks: dict[Path_, str] = {}
     base = _whole(_text(path), str(path), base_marks, problems, chain)
     _merge(base, raw, (), base_marks)
@@ -160,9 +163,10 @@ def _merge(base: dict[str, Any], own: Mapping[str, Any], at: Path_, base_marks: 
             del base_marks[replaced]
 
 
-def _by_line(problem: tuple[str, str]) -> tuple[int, str]:
-    line = problem[0].rpartition(":")[2]
-    return (int(line) if line.isdecimal() else 0, problem[1])
+def _by_line(problem: tuple[str, str]) -> tuple[str, int, str]:
+    """Sort what is said of one file together, by line; overrides come first."""
+    file, _, line = problem[0].rpartition(":")
+    return (file, int(line), problem[1]) if line.isdecimal() else ("", 0, problem[1])
 
 
 def _read(text: str, at: Path_, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]]) -> Any:

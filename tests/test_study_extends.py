@@ -63,6 +63,24 @@ def test_mistakes_are_said_to_be_in_the_file_that_has_them(tmp_path: Path) -> No
     assert f"{base}:3: clean.lr" in str(caught.value)
 
 
+def test_mistakes_are_listed_file_by_file(tmp_path: Path) -> None:
+    base = write(tmp_path, "base", BASE.replace("num_trials: 3", "num_trials: 0").replace("lr: 1.0e-3", "lr: -1.0"))
+    own = write(tmp_path, "own", "extends: base\nname: own\nclean:\n  epochs: 0\nseed: -1\n")
+    with pytest.raises(StudyError) as caught:
+        study_file.load(own, overrides=["data.max_broken=2"])
+    where = [line.strip().partition(": ")[0] for line in caught.value.what.splitlines()[1:]]
+    assert where == ["--set data.max_broken=2", f"{base}:3", f"{base}:5", f"{own}:4", f"{own}:5"]
+
+
+def test_studies_on_top_of_each_other_are_limited(tmp_path: Path) -> None:
+    write(tmp_path, "s0", BASE)
+    for level in range(1, 10):
+        write(tmp_path, f"s{level}", f"extends: s{level - 1}\nseed: {level}\n")
+    assert study_file.load(str(tmp_path / "s8.yaml")).seed == 8
+    with pytest.raises(StudyError, match="more than 8 studies on top of each other"):
+        study_file.load(str(tmp_path / "s9.yaml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
