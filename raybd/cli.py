@@ -316,7 +316,9 @@ def evaluate(
     if study:
         rows = evaluations.evaluate_file(model, request, study=study, model=name)
     else:
-        rows = evaluations.evaluate_run(Store(model), request, chosen=point or ())
+        rows = evaluations.evaluate_run(
+            Store(model), request, chosen=point or (), notify=lambda text: typer.echo(text, err=True)
+        )
     from raybd.report import evaluations as shown
 
     if format_ is Format.JSON:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from raybd.data.cache import Images
 from raybd.data.shards import Index
 from raybd.errors import CheckpointError, DataError, StudyError
 from raybd.evaluate import Role, make_set, measure
-from raybd.fronts import checkpoint_name
+from raybd.fronts import ALL_METHODS, checkpoint_name
 from raybd.model import Clip, create, image_size, load_weights
 from raybd.poison import triggers
 from raybd.poison.plan import Attack, PoisonPlan, planted
@@ -105,7 +106,9 @@ def points(store: Store, record: Row, chosen: Sequence[str] = ()) -> list[Point]
         raise CheckpointError("no model yet", where=store.uri, fix="let `raybd pretrain` or `raybd run` end")
     found = {}
     for row in tables.read(store, "fronts").to_pylist():
-        if row["kind"] == "any_epoch" and row["epoch"] and store.exists(row["checkpoint"]):
+        # The front over all methods has no point that is on no method's own.
+        shown = row["kind"] == "any_epoch" and row["method"] != ALL_METHODS
+        if shown and row["epoch"] and store.exists(row["checkpoint"]):
             names = ("checkpoint", "epoch", "pretrain_id", "objective", "method", "trial_id")
             found[row["checkpoint"]] = Point(**{name: row[name] for name in names})
     return kept + list(found.values())
@@ -238,14 +241,18 @@ class Evaluator:
 
         return rows
 
+    @cached_property
+    def _clip(self) -> Clip:
+        """The model, whose weights each point replaces."""
+        return create(self.study.model.name, seed=0)
+
     def rows(self, point: Point, weights: dict[str, Tensor], *, device: torch.device) -> list[Row]:
         """Evaluate a model: rows of the `evaluations` table, one for each attack.
 
         Errors: CheckpointError on weights of another model; TrialError where its embeddings are not finite.
         """
-        clip = create(self.study.model.name, seed=0)
-        load_weights(clip, weights, where=point.checkpoint)
-        clip.net.to(device)
+        load_weights(self._clip, weights, where=point.checkpoint)
+        self._clip.net.to(device)
         same = {
             "study": self.study.name,
             "task": str(self.request.task),
@@ -254,7 +261,7 @@ class Evaluator:
             "split": "all" if self.counted_N.all() else "report",
             "code": provenance.code_version(),
         }
-        return [{**asdict(point), **same, **row} for row in self._measure(clip, device)]
+        return [{**asdict(point), **same, **row} for row in self._measure(self._clip, device)]
 
     def part(self, point: Point) -> str:
         """Return the name of the part of the `evaluations` table that a point's rows make.
@@ -265,8 +272,17 @@ class Evaluator:
         return f"{point.name}-{self.request.task}-{provenance.digest(asked)}"
 
 
-def evaluate_run(store: Store, request: Request, *, chosen: Sequence[str] = ()) -> list[Row]:
+def evaluate_run(
+    store: Store,
+    request: Request,
+    *,
+    chosen: Sequence[str] = (),
+    notify: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
     """Evaluate models of a run, see `points`; each one's rows are in its `evaluations` table as soon as they are made.
+
+    Args:
+        notify: told of each model that is done.
 
     Errors: RaybdError, before the first model is evaluated where it can be.
     """
@@ -279,7 +295,7 @@ def evaluate_run(store: Store, request: Request, *, chosen: Sequence[str] = ()) 
         rows = [{**row, "study_hash": record["hash"]} for row in evaluator.rows(point, weights, device=device)]
         tables.write(store, "evaluations", evaluator.part(point), rows)
         found += rows
-        log.info("evaluated %d of %d: %s", number, len(models), point.checkpoint)
+        notify(f"evaluated {number} of {len(models)}: {point.checkpoint}")
     return _whole(found)
 
 

@@ -105,7 +105,16 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     ]
     tables.write(store, "epochs", "mmcl-0", epochs)
     on_front = [
-        {**same, "trial_id": "mmcl-0", "epoch": epoch, "kind": kind, "split": split, "checkpoint": name}
+        {
+            **same,
+            "method": method,
+            "trial_id": "mmcl-0",
+            "epoch": epoch,
+            "kind": kind,
+            "split": split,
+            "checkpoint": name,
+        }
+        for method in ("cleanclip", "all")
         for epoch, name in ((0, f"pretrained/{ids['mmcl']}.safetensors"), (1, "weights/gone"), (2, cleaned))
         for kind in ("any_epoch", "final")
         for split in ("search", "report")
@@ -137,6 +146,7 @@ def test_poisoned_models_and_front_points_are_evaluated_on_the_report_half(run: 
         assert row["role"] == "planted"
         assert row["target_class"] == "dog"
     assert len({row["correct_clean"] for row in rows}) > 1
+    assert rows[2]["method"] == "cleanclip"
 
 
 def test_rows_are_kept_and_replaced_where_the_same_is_evaluated_again(run: Store, tmp_path: Path) -> None:
