@@ -70,7 +70,7 @@ def _table(rows: Sequence[Row]) -> Table:
             table.add_row(Text(_name(row)), *map(Text, cells))
         return table
     for name in ("", *(f"@{k} %" for k in RECALL_AT), "of"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         counts = _counts(row)
         for name, (label, n) in _RETRIEVAL.items():
