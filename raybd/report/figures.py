@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from raybd import pareto
+from raybd.measures import REFRESH
 from raybd.report.words import IMAGES, objective_names, shown_fronts
 
 Row = Mapping[str, Any]
@@ -192,6 +193,10 @@ def _front_panel(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> N
     )
     for kind in ("final", "any_epoch"):
         _front_line(axis, [row for row in members if row["kind"] == kind], kind)
+    refreshed = [row for row in cleaned if row["method"] == REFRESH]
+    if refreshed:
+        xy = column(refreshed, "asr_top1", scale=100), column(refreshed, "zeroshot_top1", scale=100)
+        axis.plot(*xy, linestyle="", marker="^", color=SERIES[2], markeredgecolor=PAGE, label="BatchNorm refresh only")
     poisoned = next((row for row in points if row["epoch"] == 0), None)
     if poisoned:
         axis.plot(
