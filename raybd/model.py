@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import sys
 import types
 import warnings
@@ -77,6 +78,8 @@ def raybd_resnet_tiny(**_: Any) -> TinyResNet:
 
 raybd_resnet_tiny.__module__ = "timm.models.raybd"  # timm files an entry point under the last part of its module's name
 _CONFIGS = Path(__file__).parent / "model_configs"
+# Where the sigmoid loss starts: arXiv 2303.15343, section 3.2.
+SIGMOID_LOG_SCALE, SIGMOID_BIAS = math.log(10), -10.0
 
 
 @cache
@@ -124,15 +127,14 @@ class Clip:
 
 
 def check_name(name: str, *, where: str = "model.name") -> None:
-    """Raise StudyError unless `name` is a model that is trained with two towers and a logit scale."""
+    """Raise StudyError unless `name` is a model of two towers with a logit scale."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=3)
         fix = f"did you mean {', '.join(close)}?" if close else ""
         raise StudyError(f"no model of the name {name!r}", where=where, fix=fix)
     config = open_clip.get_model_config(name)
-    if "multimodal_cfg" in config or "init_logit_bias" in config:
-        kind = "a captioning model" if "multimodal_cfg" in config else "a model with a logit bias (SigLIP)"
-        raise StudyError(f"{name} is {kind}, not a CLIP model with a logit scale", where=where)
+    if "multimodal_cfg" in config:
+        raise StudyError(f"{name} is a captioning model, not a CLIP model with a logit scale", where=where)
 
 
 def image_size(name: str) -> int:
@@ -157,7 +159,7 @@ def _flops(name: str) -> tuple[int, int]:
     multiply-add. Elementwise work, the loss, the optimizer and what fused attention computes again are left out.
     """
     net = create_on_meta(name)
-    size, length = image_size(name), open_clip.get_tokenizer(name).context_length
+    size, length = image_size(name), open_clip.get_model_config(name)["text_cfg"].get("context_length", 77)
     with FlopCounterMode(display=False) as counter:
         image_rows, text_rows, *_ = net(
             torch.zeros(1, 3, size, size, device="meta"), torch.zeros(1, length, dtype=torch.long, device="meta")
@@ -197,12 +199,21 @@ def _not_random_weights(record: logging.LogRecord) -> bool:
     return "initialized randomly" not in record.getMessage()
 
 
-def create(name: str, *, seed: int) -> Clip:
-    """Build a model with random weights drawn from `seed`. Errors: StudyError on an unknown name."""
+def create(name: str, *, seed: int, sigmoid: bool = False) -> Clip:
+    """Build a model with random weights drawn from `seed`.
+
+    It normalises images as the model's published weights want them, where those agree; else as CLIP does.
+
+    Args:
+        sigmoid: start with the scale and the bias of the sigmoid loss, not with the scale of the contrastive one.
+
+    Errors: StudyError on an unknown name, or one whose tokenizer cannot be had.
+    """
     check_name(name)
+    start = {"init_logit_scale": SIGMOID_LOG_SCALE, "init_logit_bias": SIGMOID_BIAS} if sigmoid else {}
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        net = open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False)
+        net = open_clip.create_model(name, pretrained=None, pretrained_text=False, output_dict=False, **start)
     return _described(name, net)
 
 
@@ -243,19 +254,61 @@ def _described(name: str, net: nn.Module) -> Clip:
     """Return a model with what belongs to it."""
     found = open_clip.get_model_preprocess_cfg(net)
     size = found["size"]
+    mean, std = _normalisation(name) or (tuple(found["mean"]), tuple(found["std"]))
     return Clip(
         name=name,
         net=net,
-        tokenizer=open_clip.get_tokenizer(name),
+        tokenizer=_tokenizer(name),
         image_size=int(size[0] if isinstance(size, list | tuple) else size),
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
+        mean=mean,
+        std=std,
     )
 
 
+def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and standard deviation that all published weights of a model share, None where they do not."""
+    cfgs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in cfgs}
+    return found.pop() if len(found) == 1 else None
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # a package or a file from the network, whatever it is that fails
+        raise StudyError(
+            f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}",
+            where="model.name",
+            fix="it needs the package transformers, and the network once; other models have theirs built in",
+        ) from None
+
+
+def freeze_unused(net: nn.Module, *, image: bool, text: bool, bias: bool) -> None:
+    """Freeze the towers, and the logit bias, that no loss term uses: DDP waits for the gradient of all that is not.
+
+    Args:
+        bias: whether it is to be learnt; a model without one gets it then.
+    """
+    if net.logit_bias is None and bias:
+        net.logit_bias = nn.Parameter(torch.full_like(net.logit_scale.detach(), SIGMOID_BIAS))
+    for name, parameter in net.named_parameters():
+        if name == "logit_bias":
+            parameter.requires_grad = bias
+        elif name != "logit_scale" and not (image if name.startswith("visual.") else text):
+            parameter.requires_grad = False
+
+
 def load_weights(clip: Clip, weights: dict[str, Tensor], *, where: str) -> None:
-    """Put weights into a model, all of them. Errors: CheckpointError that names what does not fit."""
+    """Put weights into a model, all of them. Errors: CheckpointError that names what does not fit.
+
+    The logit bias alone may be missing on either side: weights of a model that has one give it to this model, and
+    a model keeps its own where the weights have none.
+    """
+    if clip.net.logit_bias is None and "logit_bias" in weights:
+        clip.net.logit_bias = nn.Parameter(torch.empty_like(weights["logit_bias"]))
     own = clip.net.state_dict()
+    if "logit_bias" in own:
+        weights = {"logit_bias": own["logit_bias"], **weights}
     missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     wrong = [
         f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"

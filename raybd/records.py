@@ -9,14 +9,16 @@ from typing import Any
 
 from raybd.ledger import Entry, State
 from raybd.metrics import SPLITS, Counts
+from raybd.study import TERMS
 from raybd.tables import SETTINGS
 
 Row = dict[str, Any]
 
-_TRAINING = ("epoch", "step", "samples_seen", "lr", "loss", "loss_mmcl", "loss_ssl", "logit_scale", "broken")
+_TRAINING = ("epoch", "step", "samples_seen", "lr", "loss", "logit_scale", "broken")
+_TERMS = tuple(f"loss_{term}" for term in TERMS)  # those of weight 0 need not be in a record
 _SPEED = ("train_seconds", "evaluate_seconds", "samples_per_second")
 # What an epoch's record has beside its counts.
-RECORDED = (*_TRAINING, *_SPEED)
+RECORDED = (*_TRAINING, *_TERMS, *_SPEED)
 
 
 def counts(record: Mapping[str, Any]) -> dict[str, Counts]:
@@ -34,6 +36,7 @@ def pretrain_rows(entry: Entry) -> list[Row]:
             {
                 **same,
                 **{name: record[name] for name in (*_TRAINING, "poisoned_seen", *_SPEED)},
+                **{name: record.get(name) for name in _TERMS},
                 **(halves["search"] + halves["report"]).columns(),
             }
         )
@@ -47,7 +50,8 @@ def epoch_rows(entry: Entry) -> list[Row]:
     return [
         {
             **same,
-            **{name: record[name] for name in RECORDED},
+            **{name: record[name] for name in (*_TRAINING, *_SPEED)},
+            **{name: record.get(name) for name in _TERMS},
             "alpha": record.get("alpha"),
             "split": split,
             **found.columns(),

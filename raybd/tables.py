@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from raybd.errors import DataError
 from raybd.store import Store
+from raybd.study import TERMS
 
 SCHEMA_VERSION = 1
 
@@ -30,8 +31,7 @@ _TRAINING = [
     ("samples_seen", _int),
     ("lr", _float),
     ("loss", _float),
-    ("loss_mmcl", _float),
-    ("loss_ssl", _float),
+    *((f"loss_{term}", _float) for term in TERMS),
     ("logit_scale", _float),
 ]
 _SPEED = [("train_seconds", _float), ("evaluate_seconds", _float), ("samples_per_second", _float)]
@@ -61,8 +61,7 @@ SETTINGS: dict[str, tuple[str, pa.DataType]] = {
     "beta1": ("beta1", _float),
     "beta2": ("beta2", _float),
     "eps": ("eps", _float),
-    "loss_weights.mmcl": ("loss_weights.mmcl", _float),
-    "loss_weights.ssl": ("loss_weights.ssl", _float),
+    **{f"loss_weights.{term}": (f"loss_weights.{term}", _float) for term in TERMS},
     "image_view": ("image_view", _text),
     "text_view": ("text_view", _text),
     "precision": ("precision", _text),

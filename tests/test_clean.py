@@ -294,7 +294,7 @@ def test_the_seed_depends_on_objective_and_number(study: Study) -> None:
 @pytest.mark.parametrize(
     ("params", "reason"),
     [
-        ({"mmcl": 0.0, "ssl": 0.0}, "mmcl and ssl are both 0: nothing would be learnt"),
+        ({"mmcl": 0.0, "ssl": 0.0}, "all loss weights are 0: nothing would be learnt"),
         ({"batch_size": 1}, "batch_size: Input should be greater than or equal to 2"),
         ({"lr": -1.0}, "lr: Input should be greater than 0"),
     ],

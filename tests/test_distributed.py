@@ -20,7 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from raybd.objectives import Gather, combined, identity
 from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
 
-WEIGHTS = {"mmcl": (1.0, 0.0), "ssl": (0.0, 1.0), "mmcl_ssl": (1.0, 4.0)}
+# Each term with weight for both towers: every parameter has to get a gradient.
+WEIGHTS: dict[str, dict[str, float]] = {
+    "mmcl": {"mmcl": 1.0},
+    "ssl": {"ssl": 1.0},
+    "mmcl_ssl": {"mmcl": 1.0, "ssl": 4.0},
+    "halves": {"image_ssl": 1.0, "text_ssl": 2.0},
+    "nt_xent": {"nt_xent": 1.0},
+    "siglip": {"siglip": 1.0},
+    "siglip_mean": {"siglip_mean": 1.0, "image_ssl": 0.5},
+}
 ROWS = {2: {"equal": (4, 4), "unequal": (5, 2)}, 3: {"unequal": (3, 1, 4)}}
 CASES = [(world, rows, loss) for world, found in ROWS.items() for rows in found for loss in WEIGHTS]
 PAIRS, BATCH = 64, 33  # two batches of 32
@@ -30,10 +39,11 @@ SECONDS = 150
 class TwoTowers(nn.Module):
     """The smallest model of the kind: two encoders and a logit scale."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, biased: bool) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(5, 4), nn.Linear(3, 4)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.logit_bias = nn.Parameter(torch.tensor(-3.0)) if biased else None
 
     def forward(self, image_B5: Tensor, text_B3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised rows and the scale, as open_clip does."""
@@ -41,10 +51,10 @@ class TwoTowers(nn.Module):
         return image_B4, text_B4, self.logit_scale.exp()
 
 
-def two_towers() -> TwoTowers:
-    """Return the same model in every process."""
+def two_towers(weights: dict[str, float]) -> TwoTowers:
+    """Return the same model in every process, with a bias where a term has one."""
     torch.manual_seed(11)
-    return TwoTowers().double()
+    return TwoTowers(biased="siglip" in weights).double()
 
 
 def batch(count: int) -> list[Tensor]:
@@ -53,7 +63,7 @@ def batch(count: int) -> list[Tensor]:
     return [torch.randn(count, width, dtype=torch.float64, generator=generator) for width in (5, 3, 5, 3)]
 
 
-def gradients(net: nn.Module, parts: list[Tensor], weights: tuple[float, float], gather: Gather) -> dict[str, Tensor]:
+def gradients(net: nn.Module, parts: list[Tensor], weights: dict[str, float], gather: Gather) -> dict[str, Tensor]:
     """Return loss and gradients of a step: originals and views go through the model as one batch."""
     net.zero_grad()
     images, texts, image_views, text_views = parts
@@ -65,8 +75,8 @@ def gradients(net: nn.Module, parts: list[Tensor], weights: tuple[float, float],
         scale,
         image_view_BD=image_rows[own:],
         text_view_BD=text_rows[own:],
-        mmcl_weight=weights[0],
-        ssl_weight=weights[1],
+        logit_bias=getattr(net, "module", net).logit_bias,
+        weights=weights,
         gather=gather,
     )
     loss.total.backward()
@@ -77,13 +87,13 @@ def gradients(net: nn.Module, parts: list[Tensor], weights: tuple[float, float],
 def collectives(rank: int, world: int) -> dict[str, Any]:
     """Return what one rank gets from each collective."""
     found: dict[str, Any] = {"active": active()}
-    net = DistributedDataParallel(two_towers())
+    nets = {name: DistributedDataParallel(two_towers(weights)) for name, weights in WEIGHTS.items()}
     for kind, counts in ROWS[world].items():
         start = sum(counts[:rank])
         parts = [rows[start : start + counts[rank]] for rows in batch(sum(counts))]
         found[f"rows {kind}"] = gather_rows(parts[0])
         for name, weights in WEIGHTS.items():
-            found[f"{kind} {name}"] = gradients(net, parts, weights, gather_rows)
+            found[f"{kind} {name}"] = gradients(nets[name], parts, weights, gather_rows)
     found["sum"] = sum_over_ranks([1.5 + rank, 10.0**rank, 2.0**52 if rank == 0 else 1.0], device=torch.device("cpu"))
     norm = nn.BatchNorm2d(3)
     with torch.no_grad():
@@ -193,8 +203,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 def test_gradients_are_those_of_one_process_with_the_joined_batch(
     ranks: dict[int, list[dict[str, Any]]], world: int, rows: str, loss: str
 ) -> None:
-    expected = gradients(two_towers(), batch(sum(ROWS[world][rows])), WEIGHTS[loss], identity)
-    assert set(expected) == {"loss", "image.weight", "image.bias", "text.weight", "text.bias", "logit_scale"}
+    weights = WEIGHTS[loss]
+    expected = gradients(two_towers(weights), batch(sum(ROWS[world][rows])), weights, identity)
+    names = {"loss", "image.weight", "image.bias", "text.weight", "text.bias", "logit_scale"}
+    assert set(expected) == names | ({"logit_bias"} if "siglip" in weights else set())
     assert all(value.abs().max() > 1e-3 for value in expected.values())
     for found in ranks[world]:
         for name, value in expected.items():

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raybd.objectives import combined, mmcl, ssl
+from raybd.objectives import combined, image_ssl, mmcl, nt_xent, siglip, siglip_mean, ssl, text_ssl
+from raybd.study import TERMS
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "losses.json"
 NAMES = ("image", "text", "image_view", "text_view")
@@ -100,8 +101,7 @@ def _check(inputs: dict[str, Any], case: dict[str, Any]) -> None:
         log_scale.exp(),
         image_view_BD=rows["image_view"],
         text_view_BD=rows["text_view"],
-        mmcl_weight=weights["mmcl"],
-        ssl_weight=weights["ssl"],
+        weights=weights,
     )
     assert found.total.item() == pytest.approx(case["loss"], rel=1e-9, abs=1e-9)
     found.total.backward()
@@ -123,12 +123,13 @@ def test_one_published_case_embedded_here() -> None:
 
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason=f"no golden losses at {GOLDEN}: only the embedded case is checked")
-@pytest.mark.parametrize("name", ["mmcl", "ssl", "cleanclip", "mmcl+4ssl"])
+@pytest.mark.parametrize("name", ["mmcl", "ssl", "cleanclip", "mmcl+4ssl", "siglip_mean_no_bias"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_published_losses_and_gradients(number: int, name: str) -> None:
     inputs = json.loads(GOLDEN.read_text())["sets"][number]
     assert len(inputs["inputs"]["image"]) == inputs["N"]
-    _check(inputs, inputs["cases"][name])
+    case = inputs["cases"][name]
+    _check(inputs, {**case, "loss_weights": {"siglip_mean": 1.0}} if name == "siglip_mean_no_bias" else case)
 
 
 def _cross_entropy(rows_ND: NDArray[np.float64], others_ND: NDArray[np.float64], scale: float) -> float:
@@ -141,8 +142,31 @@ def _cross_entropy(rows_ND: NDArray[np.float64], others_ND: NDArray[np.float64],
     return total / len(rows_ND)
 
 
-def reference(rows: dict[str, NDArray[np.float64]], scale: float) -> tuple[float, float]:
-    """Return L_MMCL and L_SSL from their formulas, in plain loops.
+def _nt_xent(rows_ND: NDArray[np.float64], views_ND: NDArray[np.float64], scale: float) -> float:
+    """Mean over the 2N anchors of log sum over all others of exp(s a.b), less the logit of the anchor's other view.
+
+    Source: arXiv 2002.05709, equation 1 and the mean in algorithm 1.
+    """
+    both, total = [*rows_ND, *views_ND], 0.0
+    for i, anchor in enumerate(both):
+        logits = {j: scale * float(np.dot(anchor, other)) for j, other in enumerate(both) if j != i}
+        top = max(logits.values())
+        positive = logits[(i + len(rows_ND)) % len(both)]
+        total += top + math.log(sum(math.exp(logit - top) for logit in logits.values())) - positive
+    return total / len(both)
+
+
+def _sigmoids(image_ND: NDArray[np.float64], text_ND: NDArray[np.float64], scale: float, bias: float) -> float:
+    """Sum over all i and j of log(1 + exp(-z_ij (s x_i.t_j + b))). Source: arXiv 2303.15343, equation 1."""
+    total = 0.0
+    for i, x in enumerate(image_ND):
+        for j, t in enumerate(text_ND):
+            total += float(np.logaddexp(0.0, (-1 if i == j else 1) * (scale * float(np.dot(x, t)) + bias)))
+    return total
+
+
+def reference(rows: dict[str, NDArray[np.float64]], scale: float, bias: float = 0.0) -> dict[str, float]:
+    """Return each term from its formula, in plain loops.
 
     L_MMCL = 1/2 [CE(s X T') + CE(s T X')], L_SSL = 1/2 [CE(s X X~') + CE(s T T~')].
 
@@ -150,9 +174,17 @@ def reference(rows: dict[str, NDArray[np.float64]], scale: float) -> tuple[float
     vsahil/attack-cleanclip@3d4bd74 src/train.py get_loss.
     """
     image, text, image_view, text_view = (rows[name] for name in NAMES)
-    mmcl_term = (_cross_entropy(image, text, scale) + _cross_entropy(text, image, scale)) / 2
-    ssl_term = (_cross_entropy(image, image_view, scale) + _cross_entropy(text, text_view, scale)) / 2
-    return mmcl_term, ssl_term
+    image_term, text_term = _cross_entropy(image, image_view, scale), _cross_entropy(text, text_view, scale)
+    count = len(image)
+    return {
+        "mmcl": (_cross_entropy(image, text, scale) + _cross_entropy(text, image, scale)) / 2,
+        "ssl": (image_term + text_term) / 2,
+        "image_ssl": image_term,
+        "text_ssl": text_term,
+        "nt_xent": (_nt_xent(image, image_view, scale) + _nt_xent(text, text_view, scale)) / 2,
+        "siglip": _sigmoids(image, text, scale, bias) / count,
+        "siglip_mean": _sigmoids(image, text, scale, 0.0) / count**2,
+    }
 
 
 def _draw(count: int, width: int, seed: int) -> dict[str, NDArray[np.float64]]:
@@ -161,17 +193,21 @@ def _draw(count: int, width: int, seed: int) -> dict[str, NDArray[np.float64]]:
     return {name: found / np.linalg.norm(found, axis=1, keepdims=True) for name, found in raw.items()}
 
 
-_weights = st.sampled_from([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 4.0), (0.25, 8.0)])
+_weights = st.dictionaries(st.sampled_from(TERMS), st.sampled_from([0.0, 0.25, 1.0, 4.0])).filter(
+    lambda weights: any(weights.values())
+)
 _sizes = st.tuples(st.integers(1, 6), st.integers(2, 5), st.integers(0, 2**32 - 1))
 
 
 @unhurried
-@given(_sizes, st.floats(0.01, 100.0), _weights)
+@given(_sizes, st.floats(0.01, 100.0), st.floats(-12.0, 3.0), _weights)
+@example((3, 4, 1), 20.0, -10.0, dict.fromkeys(TERMS, 1.0))
 def test_agrees_with_an_independent_reference(
-    sizes: tuple[int, int, int], scale: float, weights: tuple[float, float]
+    sizes: tuple[int, int, int], scale: float, bias: float, weights: dict[str, float]
 ) -> None:
     rows = _draw(*sizes)
-    mmcl_value, ssl_value = reference(rows, scale)
+    expected = reference(rows, scale, bias)
+    assert set(expected) == set(TERMS)
     tensors = {name: torch.from_numpy(found) for name, found in rows.items()}
     found = combined(
         tensors["image"],
@@ -179,16 +215,14 @@ def test_agrees_with_an_independent_reference(
         torch.tensor(scale, dtype=torch.float64),
         image_view_BD=tensors["image_view"],
         text_view_BD=tensors["text_view"],
-        mmcl_weight=weights[0],
-        ssl_weight=weights[1],
+        logit_bias=torch.tensor(bias, dtype=torch.float64),
+        weights=weights,
     )
-    for weight, term, value in ((weights[0], found.mmcl, mmcl_value), (weights[1], found.ssl, ssl_value)):
-        if weight:
-            assert term is not None
-            assert term.item() == pytest.approx(value, rel=1e-9, abs=1e-12)
-        else:
-            assert term is None
-    assert found.total.item() == pytest.approx(weights[0] * mmcl_value + weights[1] * ssl_value, rel=1e-9, abs=1e-12)
+    assert set(found.terms) == {name for name, weight in weights.items() if weight}
+    for name, term in found.terms.items():
+        assert term.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+    total = sum(weight * expected[name] for name, weight in weights.items())
+    assert found.total.item() == pytest.approx(total, rel=1e-9, abs=1e-12)
 
 
 @unhurried
@@ -223,9 +257,44 @@ def test_ssl_goes_from_originals_to_views_only() -> None:
     assert abs(forth.item() - back.item()) > 1e-3
 
 
-@pytest.mark.parametrize(("mmcl_weight", "ssl_weight"), [(1.0, 0.0), (0.0, 1.0), (1.0, 4.0)])
-def test_gradients_agree_with_differences(mmcl_weight: float, ssl_weight: float) -> None:
-    def loss(image: Tensor, text: Tensor, image_view: Tensor, text_view: Tensor, log_scale: Tensor) -> Tensor:
+def test_nt_xent_goes_both_ways_and_has_negatives_of_the_same_view() -> None:
+    tensors = {name: torch.from_numpy(found) for name, found in _draw(4, 3, 5).items()}
+    rows, views, scale = tensors["image"], tensors["image_view"], torch.tensor(10.0, dtype=torch.float64)
+    assert nt_xent(rows, views, scale).item() == pytest.approx(nt_xent(views, rows, scale).item(), rel=1e-12)
+    # With all rows equal: an anchor has 2N - 1 others, of which one is right; a pair alone has no negative.
+    same = torch.ones(5, 2, dtype=torch.float64) / math.sqrt(2)
+    assert nt_xent(same, same, scale).item() == pytest.approx(math.log(9), rel=1e-12)
+    assert image_ssl(same, same, scale).item() == pytest.approx(math.log(5), rel=1e-12)
+    assert nt_xent(rows[:1], views[:1], scale).item() == 0.0
+
+
+def test_sigmoid_losses_are_sum_over_n_and_mean_over_all() -> None:
+    tensors = {name: torch.from_numpy(found) for name, found in _draw(4, 3, 5).items()}
+    image, text, scale = tensors["image"], tensors["text"], torch.tensor(10.0, dtype=torch.float64)
+    unbiased = siglip(image, text, scale, torch.tensor(0.0, dtype=torch.float64))
+    assert unbiased.item() == pytest.approx(4 * siglip_mean(image, text, scale).item(), rel=1e-12)
+    # At the start, scale and bias make an unrelated pair of N^2 - N all but sure to be told apart.
+    none = torch.zeros(4, 3, dtype=torch.float64)
+    at_start = siglip(none, none, scale, torch.tensor(-10.0, dtype=torch.float64)).item()
+    assert at_start == pytest.approx(math.log1p(math.exp(10)) + 3 * math.log1p(math.exp(-10)), rel=1e-12)
+
+
+def test_ssl_is_the_mean_of_its_halves() -> None:
+    tensors = {name: torch.from_numpy(found) for name, found in _draw(5, 3, 2).items()}
+    image, text, image_view, text_view = (tensors[name] for name in NAMES)
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    halves = image_ssl(image, image_view, scale), text_ssl(text, text_view, scale)
+    assert ssl(image, image_view, text, text_view, scale).item() == pytest.approx(float(sum(halves)) / 2, rel=1e-12)
+
+
+_ALONE = [{name: 1.0} for name in TERMS]
+
+
+@pytest.mark.parametrize("weights", [*_ALONE, {"mmcl": 1.0, "ssl": 4.0}, {"siglip": 1.0, "nt_xent": 0.5}], ids=str)
+def test_gradients_agree_with_differences(weights: dict[str, float]) -> None:
+    def loss(
+        image: Tensor, text: Tensor, image_view: Tensor, text_view: Tensor, log_scale: Tensor, bias: Tensor
+    ) -> Tensor:
         rows = [F.normalize(found, dim=-1) for found in (image, text, image_view, text_view)]
         return combined(
             rows[0],
@@ -233,34 +302,38 @@ def test_gradients_agree_with_differences(mmcl_weight: float, ssl_weight: float)
             log_scale.exp(),
             image_view_BD=rows[2],
             text_view_BD=rows[3],
-            mmcl_weight=mmcl_weight,
-            ssl_weight=ssl_weight,
+            logit_bias=bias,
+            weights=weights,
         ).total
 
     generator = torch.Generator().manual_seed(3)
     raw = [torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(4)]
-    assert torch.autograd.gradcheck(loss, (*raw, torch.tensor(1.5, dtype=torch.float64, requires_grad=True)))
+    numbers = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (1.5, -0.7)]
+    assert torch.autograd.gradcheck(loss, (*raw, *numbers))
 
 
-@pytest.mark.parametrize("given_view", [None, "image_view_BD", "text_view_BD"])
-def test_missing_views_are_refused(given_view: str | None) -> None:
+@pytest.mark.parametrize(
+    ("term", "given_view", "missing"),
+    [
+        ("ssl", None, "image view"),
+        ("ssl", "image_view_BD", "text view"),
+        ("ssl", "text_view_BD", "image view"),
+        ("image_ssl", "text_view_BD", "image view"),
+        ("text_ssl", "image_view_BD", "text view"),
+        ("nt_xent", "image_view_BD", "text view"),
+        ("siglip", None, "logit_bias"),
+    ],
+)
+def test_what_a_term_lacks_is_named(term: str, given_view: str | None, missing: str) -> None:
     rows, views = torch.eye(3), {given_view: torch.eye(3)} if given_view else {}
-    with pytest.raises(ValueError, match="needs the augmented views of images and texts"):
-        combined(rows, rows, torch.tensor(1.0), **views, mmcl_weight=1.0, ssl_weight=0.5)
+    with pytest.raises(ValueError, match=f"with a weight above 0 needs {missing}"):
+        combined(rows, rows, torch.tensor(1.0), **views, weights={"mmcl": 1.0, term: 0.5})
 
 
 def test_weights_of_zero_are_refused() -> None:
     rows = torch.eye(3)
-    with pytest.raises(ValueError, match="both weights are 0: nothing would be learnt"):
-        combined(
-            rows,
-            rows,
-            torch.tensor(1.0),
-            image_view_BD=rows,
-            text_view_BD=rows,
-            mmcl_weight=0.0,
-            ssl_weight=0.0,
-        )
+    with pytest.raises(ValueError, match="all weights are 0: nothing would be learnt"):
+        combined(rows, rows, torch.tensor(1.0), weights=dict.fromkeys(TERMS, 0.0))
 
 
 def test_each_tensor_is_gathered_once_and_the_loss_is_of_what_comes_back() -> None:
@@ -280,10 +353,10 @@ def test_each_tensor_is_gathered_once_and_the_loss_is_of_what_comes_back() -> No
         scale,
         image_view_BD=own["image_view"],
         text_view_BD=own["text_view"],
-        mmcl_weight=1.0,
-        ssl_weight=1.0,
+        logit_bias=torch.tensor(-1.0, dtype=torch.float64),
+        weights=dict.fromkeys(TERMS, 1.0),
         gather=gather,
     )
     assert sorted(asked) == sorted(whole)
-    mmcl_value, ssl_value = reference({name: rows.numpy() for name, rows in tensors.items()}, 9.0)
-    assert found.total.item() == pytest.approx(mmcl_value + ssl_value, rel=1e-12)
+    expected = reference({name: rows.numpy() for name, rows in tensors.items()}, 9.0, -1.0)
+    assert found.total.item() == pytest.approx(sum(expected.values()), rel=1e-12)

@@ -26,7 +26,7 @@ from raybd.metrics import Counts
 from raybd.provenance import digest
 from raybd.seeding import fork, share
 from raybd.store import Store
-from raybd.study import CleanSettings, LossWeights, searchable
+from raybd.study import TERMS, CleanSettings, LossWeights, searchable
 from raybd.study.methods import Abd, Par
 
 
@@ -316,7 +316,7 @@ def epoch_record(epoch: int, *, pretraining: bool = False) -> dict[str, Any]:
     """Return what training records of an epoch."""
     return {
         **{"epoch": epoch, "step": 3 * epoch, "samples_seen": 96 * epoch, "lr": 1e-3, "logit_scale": 14.3, "broken": 1},
-        **{"loss": None, "loss_mmcl": 2.5, "loss_ssl": None},
+        **{"loss": None, **{f"loss_{term}": None for term in TERMS}, "loss_mmcl": 2.5},
         **{"train_seconds": 1.5, "evaluate_seconds": 0.5, "samples_per_second": 64.0},
         "counts": {"search": SEARCH, "report": REPORT},
         **({"poisoned_seen": 9} if pretraining else {}),
@@ -387,7 +387,8 @@ def test_rows_of_a_trial_running_and_ended(store: Store) -> None:
         **{**ending, "number": 5, "seed": 2**62, "attempt": 1, "epochs_done": 1},
         **{"params_json": '{"epochs": 2, "lr": 0.0003}', "epochs_planned": 2, "batch_size": 64, "warmup_steps": 50},
         **{"lr": 3e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "precision": "auto"},
-        **{"loss_weights.mmcl": 1.0, "loss_weights.ssl": 4.0, "image_view": "autoaugment", "text_view": "eda"},
+        **{f"loss_weights.{term}": {"mmcl": 1.0, "ssl": 4.0}.get(term, 0.0) for term in TERMS},
+        **{"image_view": "autoaugment", "text_view": "eda"},
         **{"num_samples": 100_000, "leaked_poison": 0, "leaked_share": 0.0, "schedule": "cosine"},
         **{name: value for name, value in row.items() if name.partition(".")[0] in METHOD_SECTIONS},
         "started": datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC),

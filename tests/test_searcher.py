@@ -474,7 +474,7 @@ def test_settings_that_do_not_fit_together_are_a_failed_trial(tmp_path: Any) -> 
     entry = settle(store, study, Assignment("mmcl-0000", 0, "mmcl", "mmcl-aaaa", params))
     assert entry.ended is not None
     assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "StudyError")
-    assert "mmcl and ssl are both 0" in entry.ended["error_message"]
+    assert "all loss weights are 0" in entry.ended["error_message"]
     assert entry.started["params"] == params
     assert trial_row(entry)["state"] == "failed"
     with pytest.raises(DataError, match="never started"):

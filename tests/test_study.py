@@ -100,7 +100,7 @@ search:
         ),
         (
             "clean: {loss_weights: {mmcl: 0, ssl: 0}}",
-            "f.yaml:3: clean.loss_weights: mmcl and ssl are both 0: nothing would be learnt",
+            "f.yaml:3: clean.loss_weights: all loss weights are 0: nothing would be learnt",
         ),
         (
             "search: {space: {lr: {choices: [1], low: 2}}}",

@@ -58,7 +58,7 @@ def par_loss(
     contrastive = mmcl(image_BD, text_BD, logit_scale)
     image_term = capped_distance(image_BD, frozen_image_BD, threshold=threshold)
     text_term = capped_distance(text_BD, frozen_text_BD, threshold=threshold)
-    return Loss(total=contrastive - 0.5 * (image_term + text_term), mmcl=contrastive, ssl=None)
+    return Loss(total=contrastive - 0.5 * (image_term + text_term), terms={"mmcl": contrastive})
 
 
 def perturbed(images_BCHW: Tensor, *, noise: float, erase: float, seeds: Sequence[int]) -> Tensor:

@@ -13,15 +13,15 @@ from raybd.study.methods import ShrinkPerturb
 from raybd.train.loop import Training
 from raybd.train.recipe import Recipe
 
-_SCALE = "logit_scale"
+_TEMPERATURE = ("logit_scale", "logit_bias")
 
 
 class ShrinkAndPerturb(Recipe):
     """CleanCLIP from weights moved towards those of a new model: θ ← λ₁ θ + λ₂ θ_new, once, before finetuning.
 
     θ are all parameters, with the gains and biases of norms; θ_new are those of a new model, initialised as
-    before pretraining. The logit scale is a temperature and stays, and so do BatchNorm's statistics, which
-    finetuning renews.
+    before pretraining. The logit scale is a temperature and stays, a bias with it, and so do BatchNorm's statistics,
+    which finetuning renews.
 
     Args:
         settings: λ₁ is `shrink`, λ₂ is `perturb`.
@@ -38,7 +38,7 @@ class ShrinkAndPerturb(Recipe):
         new = dict(create(run.clip.name, seed=self._seed).net.named_parameters())
         with torch.no_grad():
             for name, weight in run.clip.net.named_parameters():
-                if name != _SCALE:
+                if name not in _TEMPERATURE:
                     weight.mul_(self._settings.shrink).add_(new[name].to(weight), alpha=self._settings.perturb)
 
 

@@ -36,6 +36,7 @@ from raybd.study.poison import (
 )
 from raybd.study.search import Sampler, Search, Tell
 from raybd.study.training import (
+    TERMS,
     ImageView,
     LossWeights,
     Precision,
@@ -49,6 +50,7 @@ from raybd.study.training import (
 __all__ = [
     "FIXED_WEIGHTS",
     "FREE_SETTINGS",
+    "TERMS",
     "AttackSettings",
     "BadNet",
     "BadNetStripes",

@@ -20,7 +20,7 @@ from raybd.study.methods import (
     PseudoLabels,
     ShrinkPerturb,
 )
-from raybd.study.training import LossWeights, TrainSettings
+from raybd.study.training import TERMS, LossWeights, TrainSettings
 
 
 class CleanSettings(TrainSettings):
@@ -76,7 +76,8 @@ class Clean(CleanSettings):
             for parent in parents:
                 inner = inner[parent]
             inner[leaf] = value
-        values["loss_weights"] |= FIXED_WEIGHTS.get(values["method"], {})
+        if fixed := FIXED_WEIGHTS.get(values["method"]):
+            values["loss_weights"] = {**dict.fromkeys(TERMS, 0.0), **fixed}
         return CleanSettings(**values)
 
 

@@ -39,16 +39,42 @@ class Schedule(StrEnum):
 
 
 class LossWeights(Section):
-    """Weights of the contrastive loss across modalities and of the self-supervised loss within each."""
+    """Weights of the loss terms, of images with their captions and of each modality with its augmented views.
 
-    mmcl: NonNegativeFloat = 1.0
-    ssl: NonNegativeFloat = 0.0
+    `mmcl` has weight 1 wherever it is left out: an objective without it says `mmcl: 0`.
+    """
+
+    mmcl: NonNegativeFloat = Field(1.0, description="contrastive loss across modalities (CLIP)")
+    ssl: NonNegativeFloat = Field(0.0, description="mean of image_ssl and text_ssl (CleanCLIP)")
+    image_ssl: NonNegativeFloat = Field(0.0, description="images against their augmented views")
+    text_ssl: NonNegativeFloat = Field(0.0, description="captions against their augmented views")
+    nt_xent: NonNegativeFloat = Field(0.0, description="SimCLR's symmetric loss, in place of ssl")
+    siglip: NonNegativeFloat = Field(0.0, description="sigmoid loss across modalities, with a bias that is learnt")
+    siglip_mean: NonNegativeFloat = Field(0.0, description="the same, mean over all combinations and without a bias")
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if self.mmcl == 0 and self.ssl == 0:
-            raise ValueError("mmcl and ssl are both 0: nothing would be learnt")
+        if not any(vars(self).values()):
+            raise ValueError("all loss weights are 0: nothing would be learnt")
         return self
+
+    @property
+    def views(self) -> bool:
+        """Whether a term needs the augmented views."""
+        return bool(self.ssl or self.image_ssl or self.text_ssl or self.nt_xent)
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether a term uses the rows of images: all do but one."""
+        return any(weight for term, weight in vars(self).items() if term != "text_ssl")
+
+    @property
+    def uses_texts(self) -> bool:
+        """Whether a term uses the rows of captions."""
+        return any(weight for term, weight in vars(self).items() if term != "image_ssl")
+
+
+TERMS = tuple(LossWeights.model_fields)  # names of the loss terms, in the order of their columns
 
 
 class TrainSettings(Section):

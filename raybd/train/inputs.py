@@ -139,7 +139,7 @@ class Inputs:
         return [{"shard": skip.shard, "key": skip.key, "reason": skip.reason} for skip in found]
 
     def _prepare(self, plan: PoisonPlan, settings: TrainSettings, clip: Clip, seed: int) -> Prepare:
-        views = (settings.image_view, settings.text_view) if settings.loss_weights.ssl else None
+        views = (settings.image_view, settings.text_view) if settings.loss_weights.views else None
         return Prepare(plan=plan, tokenize=clip.tokenizer, views=views, seed=seed)
 
     def pretraining_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
@@ -188,9 +188,10 @@ class Inputs:
         images, leaked = self._cleaning(settings)
         return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
 
-    def new_model(self, *, seed: int) -> Clip:
+    def new_model(self, settings: TrainSettings, *, seed: int) -> Clip:
         """Return the model to pretrain: random weights, or those of `model.start`. Errors: CheckpointError."""
-        clip = create(self.study.model.name, seed=fork(seed, "weights"))
+        sigmoid = settings.loss_weights.siglip > 0 and self.study.model.start is None
+        clip = create(self.study.model.name, seed=fork(seed, "weights"), sigmoid=sigmoid)
         if self.study.model.start:
             load_weights(clip, checkpoint.read(self.study.model.start), where=self.study.model.start)
         return clip
@@ -229,14 +230,14 @@ class Inputs:
             "seed": study.seed,
             "code": code,
             # Text views have synonyms only where WordNet is installed.
-            "synonyms": bool(settings.loss_weights.ssl) and wordnet() is not None,
+            "synonyms": settings.loss_weights.views and wordnet() is not None,
         }
         return f"{objective}-{digest(parts, length=10)}"
 
     def check(self) -> None:
         """Make all that the stages need, so that what is wrong shows before any long work. Errors: RaybdError."""
         self._check_attacks()
-        clip = self.new_model(seed=0)
+        clip = self.new_model(self.study.pretrain.settings(next(iter(self.study.pretrain.objectives))), seed=0)
         sets = agreement.cleaning_sets(self.study.clean, self.study.search.space)
         smallest = min(len(self.cleaning_pairs(settings, clip, seed=0)) for settings in sets)
         if not len(self.evaluation_set.images.index) or not smallest:

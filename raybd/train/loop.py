@@ -17,7 +17,7 @@ from raybd import checkpoint
 from raybd.data.pairs import Batch, Pairs, steps
 from raybd.errors import CheckpointError, DataError, TrialError
 from raybd.evaluate import EvaluationSet, measure
-from raybd.model import Clip
+from raybd.model import Clip, freeze_unused
 from raybd.objectives import Loss, combined
 from raybd.study import Precision, TrainSettings
 from raybd.train.context import Progress, TrainContext
@@ -64,8 +64,7 @@ class _EpochSums:
     poisoned: int = 0
     broken: int = 0
     loss: float = 0.0
-    mmcl: float = 0.0
-    ssl: float = 0.0
+    terms: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -96,6 +95,8 @@ class Training:
         self.clip, self.pairs, self.settings, self.context = clip, pairs, settings, context
         self.evaluation_set, self.max_broken = evaluation_set, max_broken
         self.recipe = recipe or Recipe()
+        weights = settings.loss_weights
+        freeze_unused(clip.net, image=weights.uses_images, text=weights.uses_texts, bias=weights.siglip > 0)
         clip.net.to(context.device, memory_format=torch.channels_last)
         self.recipe.attach(self)
         self.optimizer = make_optimizer(clip.net, settings)
@@ -193,7 +194,7 @@ class Training:
         device = self.context.device
         pixels = pixels_BCHW.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            image_rows, text_rows, logit_scale = self._net(pixels, tokens_BL.to(device, non_blocking=True))
+            image_rows, text_rows, logit_scale, *_ = self._net(pixels, tokens_BL.to(device, non_blocking=True))
         return image_rows.float(), text_rows.float(), logit_scale.float()
 
     def features(self, batch: Batch) -> Features:
@@ -224,8 +225,8 @@ class Training:
             found.logit_scale,
             image_view_BD=found.image_view_BD,
             text_view_BD=found.text_view_BD,
-            mmcl_weight=self.settings.loss_weights.mmcl,
-            ssl_weight=self.settings.loss_weights.ssl,
+            logit_bias=self.clip.net.logit_bias,
+            weights=vars(self.settings.loss_weights),
             gather=gather_rows,
         )
 
@@ -235,8 +236,8 @@ class Training:
         sums.poisoned += batch.poisoned
         sums.broken += batch.broken
         sums.loss += float(loss.total.detach())
-        sums.mmcl += float(loss.mmcl.detach()) if loss.mmcl is not None else 0.0
-        sums.ssl += float(loss.ssl.detach()) if loss.ssl is not None else 0.0
+        for name, term in loss.terms.items():
+            sums.terms[name] = sums.terms.get(name, 0.0) + float(term.detach())
 
     def _note_progress(self, epoch: int, sums: _EpochSums) -> None:
         seconds = time.perf_counter() - sums.started
@@ -262,7 +263,7 @@ class Training:
     def _training_columns(self, epoch: int, sums: _EpochSums | None, trained: float) -> dict[str, Any]:
         """Add up over the ranks, evaluate, and return the epoch's record: training columns, and counts of each half."""
         context, device = self.context, self.context.device
-        columns: dict[str, Any] = {"loss": None, "loss_mmcl": None, "loss_ssl": None, "lr": None, "broken": 0}
+        columns: dict[str, Any] = {"loss": None, "lr": None, "broken": 0}
         seconds = 0.0
         if sums is not None:
             samples, poisoned, broken = (
@@ -277,11 +278,9 @@ class Training:
                     expected=f"at most {self.max_broken:.2%} (data.max_broken)",
                     fix="mend the shards or raise data.max_broken",
                 )
-            weights = self.settings.loss_weights
-            columns = {
+            columns |= {
                 "loss": sums.loss / sums.steps,
-                "loss_mmcl": sums.mmcl / sums.steps if weights.mmcl else None,
-                "loss_ssl": sums.ssl / sums.steps if weights.ssl else None,
+                **{f"loss_{name}": total / sums.steps for name, total in sums.terms.items()},
                 "lr": float(self.optimizer.param_groups[0]["lr"]) if self.recipe.optimizes else None,
                 "broken": broken,
             }

@@ -48,7 +48,7 @@ def pretrain(study: Study, objective: str, context: LedgerContext) -> None:
     inputs = inputs_for(study)
     settings = study.pretrain.settings(objective)
     seed = fork(study.seed, "pretrain", objective)
-    clip = inputs.new_model(seed=seed)
+    clip = inputs.new_model(settings, seed=seed)
     pairs = inputs.pretraining_pairs(settings, clip, seed=seed)
     training = Training(clip, pairs, settings, context, inputs.evaluation_set, max_broken=study.data.max_broken)
     training.run()
