@@ -225,7 +225,7 @@ def test_defaults_are_those_of_the_published_experiment() -> None:
     assert (study.pretrain.epochs, study.pretrain.batch_size, study.pretrain.lr) == (64, 2048, 1e-3)
     assert (study.pretrain.warmup_steps, study.pretrain.weight_decay, study.pretrain.eps) == (10_000, 0.1, 1e-8)
     assert (study.clean.epochs, study.clean.batch_size, study.clean.warmup_steps) == (20, 64, 50)
-    assert study.clean.loss_weights.model_dump() == {"mmcl": 1, "ssl": 1}
+    assert study.clean.loss_weights == LossWeights(mmcl=1, ssl=1)
     assert (study.clean.num_samples, study.clean.leaked_poison) == (100_000, 0)
     assert (study.poison.trigger.size, study.poison.trigger.placement) == (16, Placement.RANDOM)
     assert study.poison.target_class == "banana"
@@ -239,7 +239,7 @@ def test_overrides_replace_add_and_make_sections() -> None:
     study = parse(BASE, "seed=3", "data.root=s3://bucket/x=y", "clean.loss_weights.ssl=4", "poison.trigger={size: 3}")
     assert study.seed == 3
     assert study.data.root == "s3://bucket/x=y"
-    assert study.clean.loss_weights.model_dump() == {"mmcl": 1, "ssl": 4}
+    assert study.clean.loss_weights == LossWeights(mmcl=1, ssl=4)
     assert study.poison.trigger.size == 3
     assert study.poison.poison_rate == 0.1
     assert parse(f"{BASE}data:\n", "data.root=x").data.root == "x"
