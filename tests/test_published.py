@@ -1,112 +1,129 @@
-"""The notebook of published sweeps beside a study of ours, on runs made here and on the published one."""
+"""Our measures on the published CC3M sweep give the numbers that were published of it.
+
+The sweep was measured once on all images, so that points are chosen and quoted on the same ones (`split` is `all`).
+"""
 
 from __future__ import annotations
 
 import csv
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raybd import fronts, tables
-from raybd.store import Store
-from raybd.sweeps import import_sweep
+from raybd import analysis, measures
+from raybd.fronts import Row
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "analysis" / "published.ipynb"
-PUBLISHED = Path(__file__).parents[2] / "shared" / "published" / "cc3m_sweep.csv"
+SWEEP = Path(__file__).resolve().parents[2] / "shared" / "published" / "cc3m_sweep.csv"
+# pretrain objective, cleaning loss: points on the front, hypervolume. From the README beside the table.
+EXPECTED = {
+    ("mmcl", "mmcl"): (30, 0.1371),
+    ("mmcl", "ssl"): (36, 0.1521),
+    ("mmcl", "mmcl_ssl"): (23, 0.1742),
+    ("mmcl_ssl", "mmcl"): (30, 0.1557),
+    ("mmcl_ssl", "ssl"): (25, 0.1184),
+    ("mmcl_ssl", "mmcl_ssl"): (42, 0.1640),
+}
+CLEANCLIP = "mmcl_ssl"
 
 
-def made_sweep(folder: Path) -> str:
-    """Import a small sweep of two pretrain objectives, two losses and two learning rates."""
-    names = [
-        "pretrain_objective",
-        "cleaning_loss",
-        "lr",
-        "epoch",
-        "zeroshot_top1",
-        "asr_top1",
-        "n_clean",
-        "n_triggered",
+@pytest.fixture(scope="module")
+def run() -> analysis.Run:
+    if not SWEEP.exists():
+        pytest.skip(f"THE PUBLISHED NUMBERS ARE NOT CHECKED: there is no {SWEEP}")
+    with SWEEP.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [
+        {
+            "study": "cc3m",
+            "study_hash": "published",
+            "objective": row["pretrain_objective"],
+            "pretrain_id": row["pretrain_objective"],
+            "method": row["cleaning_loss"],
+            "trial_id": f"{row['pretrain_objective']}-{row['cleaning_loss']}-{float(row['lr']):.5f}",
+            "epoch": int(row["epoch"]),
+            "split": "all",
+            "zeroshot_top1": float(row["zeroshot_top1"]),
+            "asr_top1": float(row["asr_top1"]),
+        }
+        for row in rows
     ]
-    with (folder / "made.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for objective, keep in (("mmcl", 0.4), ("mmcl_ssl", 0.8)):
-            for loss, worse in (("mmcl", 0.1), ("mmcl_ssl", 0.0)):
-                for i, lr in enumerate((1e-5, 1e-4)):
-                    for epoch in range(4):
-                        top1 = round(1000 * (0.4 - 0.01 * (i + 1) * epoch)) / 1000
-                        asr = round(950 * 0.99 * (keep + worse) ** (epoch * (i + 1) / 2)) / 950
-                        writer.writerow((objective, loss, lr, epoch, top1, asr, 1000, 950))
-    import_sweep(str(folder / "made.csv"), str(folder / "published"))
-    return str(folder / "published")
+    trials = [{"trial_id": name, "number": i} for i, name in enumerate(sorted({row["trial_id"] for row in epochs}))]
+    assert len(trials) == 68
+    return analysis.Run("cc3m", epochs, trials)
 
 
-def made_study(folder: Path) -> str:
-    """Write the tables of a study of ours: both halves, one method, three trials for each pretrain objective."""
-    store, epochs, trials = Store(str(folder / "ours")), [], []
-    for objective, keep in (("mmcl", 0.3), ("mmcl_ssl", 0.7)):
-        same = {"study": "ours", "study_hash": "h", "pretrain_id": f"{objective}-1", "objective": objective}
-        for number in range(3):
-            trial: dict[str, Any] = {**same, "method": "cleanclip", "trial_id": f"{objective}-{number:04d}"}
-            settings = {"lr": 1e-5 * 10**number, "epochs_planned": 3, "epochs_done": 3}
-            trials.append({**trial, **settings, "number": number, "state": "complete", "params_json": "{}"})
-            for epoch in range(4):
-                for split, extra in (("search", 0), ("report", 2)):
-                    correct, hit = 70 - epoch * (number + 1) - extra, round(99 * keep ** (epoch * (number + 1) / 2))
-                    counts = {"n_clean": 100, "correct_clean": correct, "n_triggered": 100, "hit_target": hit}
-                    rates = {"zeroshot_top1": correct / 100, "asr_top1": hit / 100, "loss": 1.0 / (epoch + 1)}
-                    epochs.append({**trial, **counts, **rates, "epoch": epoch, "split": split})
-    tables.write(store, "epochs", "e", epochs)
-    tables.write(store, "trials", "t", trials)
-    store.put("study.json", b'{"study": {"name": "ours"}}')
-    return store.root
+@pytest.fixture(scope="module")
+def found(run: analysis.Run) -> dict[str, Any]:
+    return analysis.of_run(run)
 
 
-def execute(published: str, ours: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """Run the notebook; return how many figures it drew, and all that it printed."""
-    with warnings.catch_warnings():
-        # Third parties: zmq and jupyter_client warn of event loops and of paths that they are about to change.
-        warnings.simplefilter("ignore")
-        import nbformat
-        from nbclient import NotebookClient
-
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        assert 'published = "runs/cc3m-published"\nours = "runs/demo"' in code[0].source
-        assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-        monkeypatch.setenv("RAYBD_PUBLISHED", published)
-        monkeypatch.setenv("RAYBD_OURS", ours)
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
-        monkeypatch.setenv("IPYTHONDIR", str(folder))
-        NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
-    outputs = [output for cell in code for output in cell.outputs]
-    shown = [output.get("data", {}) for output in outputs]
-    printed = [data.get("text/markdown", data.get("text/plain", "")) for data in shown]
-    text = "\n".join([*printed, *(output.get("text", "") for output in outputs)])
-    return sum("image/png" in data for data in shown), text
+def _summary(found: dict[str, Any], objective: str, method: str) -> Row:
+    (summary,) = [
+        s for s in found["fronts"] if (s["objective"], s["method"], s["kind"]) == (objective, method, "any_epoch")
+    ]
+    return summary
 
 
-def test_notebook_draws_a_sweep_beside_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published, ours = made_sweep(tmp_path), made_study(tmp_path)
-    drawn, printed = execute(published, ours, tmp_path, monkeypatch)
-    # Fronts and trajectories of both, and what else there is enough data for.
-    assert drawn >= 4
-    assert "'published': '8 trials'" in printed
-    assert "'ours': '6 trials'" in printed
-    for run, split, name in ((published, "all", "published"), (ours, "report", "ours")):
-        rows = [tables.read(Store(run), table).to_pylist() for table in ("epochs", "trials")]
-        for found in fronts.summarise(fronts.compute(*rows)):
-            if (found["kind"], found["split"]) == ("any_epoch", split):
-                line = f"| {name} | {found['objective']} | {found['method']} | {found['hypervolume']:.4f} |"
-                assert line in printed
+@pytest.mark.parametrize("group", EXPECTED, ids=lambda group: f"{group[0]}-cleaned-by-{group[1]}")
+def test_fronts_and_hypervolumes(found: dict[str, Any], group: tuple[str, str]) -> None:
+    size, area = EXPECTED[group]
+    summary = _summary(found, *group)
+    assert len(summary["front"]) == size
+    assert round(summary["hypervolume"], 4) == area
 
 
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published sweeps are not part of the repository")
-def test_notebook_draws_the_published_cc3m_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import_sweep(str(PUBLISHED), str(tmp_path / "published"))
-    _, printed = execute(str(tmp_path / "published"), made_study(tmp_path), tmp_path, monkeypatch)
-    assert "| published | mmcl | cleanclip | 0.1742 | 108.92 | 0.25 | 16.49 | -3.11 |" in printed
-    assert "| published | mmcl_ssl | cleanclip | 0.1640 |" in printed
+def test_every_group_is_there_and_the_front_over_all_methods(found: dict[str, Any]) -> None:
+    groups = {(s["objective"], s["method"]) for s in found["fronts"]}
+    assert groups == {*EXPECTED, ("mmcl", "all"), ("mmcl_ssl", "all")}
+    for objective in ("mmcl", "mmcl_ssl"):
+        best = max(EXPECTED[o, m][1] for o, m in EXPECTED if o == objective)
+        assert _summary(found, objective, "all")["hypervolume"] >= best - 5e-5
+
+
+@pytest.mark.parametrize(("objective", "top1", "asr"), [("mmcl", 16.49, 4.92), ("mmcl_ssl", 14.16, 3.02)])
+def test_best_accuracy_of_cleanclip_at_low_asr(found: dict[str, Any], objective: str, top1: float, asr: float) -> None:
+    point = _summary(found, objective, CLEANCLIP)["best_top1_at_asr"]["0.05"]
+    assert round(100 * point["zeroshot_top1"], 2) == top1
+    assert round(100 * point["asr_top1"], 2) == asr
+    if objective == "mmcl_ssl":
+        assert round(100 * point["share_lost"], 1) == 16.9
+    else:
+        assert point["share_lost"] < 0  # more accurate than the poisoned model
+
+
+@pytest.mark.parametrize(("objective", "asr"), [("mmcl", 0.25), ("mmcl_ssl", 42.4)])
+def test_best_asr_of_cleanclip_within_a_point(found: dict[str, Any], objective: str, asr: float) -> None:
+    point = _summary(found, objective, CLEANCLIP)["best_asr_within"]["1"]
+    digits = 2 if asr < 1 else 1
+    assert round(100 * point["asr_top1"], digits) == asr
+
+
+@pytest.mark.parametrize(("objective", "unstable", "rebound"), [("mmcl", 0.8, 0.6), ("mmcl_ssl", 3.3, 4.4)])
+def test_instability_of_cleanclip(run: analysis.Run, objective: str, unstable: float, rebound: float) -> None:
+    """The published numbers are those of the CleanCLIP runs without that of learning rate 4e-3.
+
+    It ends at 0.3 % accuracy: a ruined model, which is steady. With it: 0.8 and 3.1 %, 0.6 and 4.1 points.
+    """
+    rows = [row for row in run.groups[objective, objective, CLEANCLIP] if not row["trial_id"].endswith("0.00400")]
+    steady = measures.instability(rows)
+    assert steady is not None
+    assert (steady["trials"], steady["steps"]) == (12, 240)
+    assert round(100 * steady["unstable_share"], 1) == unstable
+    assert round(100 * steady["rebound"], 1) == rebound
+
+
+def test_instability_of_all_cleanclip_runs(found: dict[str, Any]) -> None:
+    steady = {entry["objective"]: entry for entry in found["instability"] if entry["method"] == CLEANCLIP}
+    assert {name: round(100 * entry["unstable_share"], 1) for name, entry in steady.items()} == {
+        "mmcl": 0.8,
+        "mmcl_ssl": 3.1,
+    }
+    assert {name: round(100 * entry["rebound"], 1) for name, entry in steady.items()} == {"mmcl": 0.6, "mmcl_ssl": 4.1}
+
+
+def test_objectives_differ(run: analysis.Run) -> None:
+    entries = {e["measure"]: e for e in analysis.between_objectives([run]) if e["method"] == CLEANCLIP}
+    assert entries["best_top1_at_asr_0.05"]["difference"] == pytest.approx(0.1649 - 0.1416, abs=1e-4)
+    assert entries["best_asr_within_1"]["difference"] == pytest.approx(0.0025 - 0.424, abs=1e-3)
+    assert entries["hypervolume_share"]["low"] > 0
