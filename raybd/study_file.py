@@ -277,6 +277,8 @@ def _explain(error: Mapping[str, Any], marks: Mapping[Path_, str], source: str) 
         message = "missing, and it has no default"
     elif kind == "value_error":
         pass
+    elif kind == "model_type":
+        message = f"takes settings, as {{key: value}}, got {got!r}"
     elif isinstance(got, str | int | float | bool) or got is None:
         message = f"{message[0].lower()}{message[1:]}, got {got!r}"
     return marks.get(known, source), f"{field}: {message}" if field else message

@@ -90,7 +90,7 @@ evaluation:
         ("{name: sigg}", "f.yaml:4: poison.trigger.name: no 'sigg', did you mean 'sig'?"),
         ("{size: 3, name: 7}", "f.yaml:4: poison.trigger.name: no '7' (known: badnet, label_consistent, blended, sig,"),
         ("{name: [sig]}", "f.yaml:4: poison.trigger.name: no \"['sig']\""),
-        ("sig", "f.yaml:4: poison.trigger: input should be a valid dictionary"),
+        ("sig", "f.yaml:4: poison.trigger: takes settings, as {key: value}, got 'sig'"),
         ("{name: blended, size: 4}", "f.yaml:4: poison.trigger.size: unknown key (known: name, alpha, noise)"),
         ("{frequency: 4}", "f.yaml:4: poison.trigger.frequency: unknown key (known: name, size, pattern, placement"),
         ("{name: warped, k: 1}", "f.yaml:4: poison.trigger.k: input should be greater than or equal to 2, got 1"),
