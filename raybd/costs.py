@@ -89,8 +89,10 @@ def cleaning_cost(model: str, settings: CleanSettings, *, pairs: int) -> float:
         epoch = views * (cost.image_training + cost.text_forward)
     elif method is Method.BATCHNORM_REFRESH:
         epoch = cost.pair_forward + cost.image_forward  # the loss, and the statistics
-    elif method in (Method.DEEP_CLUSTERING, Method.PSEUDO_LABELS):
+    elif method is Method.DEEP_CLUSTERING:
         epoch += cost.image_forward  # the embeddings that are clustered
+    elif method is Method.PSEUDO_LABELS and settings.pseudo_labels.model:
+        once = towers(settings.pseudo_labels.model).image_forward  # the other model's look at the images
     elif method is Method.INTERPOLATION and cost.has_batchnorm:
         once = len(settings.interpolation.alphas) * cost.image_forward
     return pairs * (settings.epochs * epoch + once)
