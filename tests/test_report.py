@@ -377,6 +377,20 @@ def test_figures_of_measures_show_the_numbers() -> None:
             assert {100 * entry[name] for name in ("difference", "low", "high")} <= shown
 
 
+def test_front_figure_marks_the_batchnorm_baseline() -> None:
+    epochs, trials = _method_rows()
+    drawn = figures.front_figure(epochs, fronts.compute(epochs, trials), split="report")
+    (marked,) = [line for line in drawn.axes[0].lines if line.get_label() == "BatchNorm refresh only"]
+    expected = {
+        (100 * row["asr_top1"], 100 * row["zeroshot_top1"])
+        for row in epochs
+        if (row["objective"], row["method"], row["split"]) == ("mmcl", "batchnorm_refresh", "report") and row["epoch"]
+    }
+    assert {tuple(map(float, xy)) for xy in zip(*marked.get_data(), strict=True)} == expected
+    plain = figures.front_figure(_epoch_rows(), fronts.compute(_epoch_rows(), _trial_rows()))
+    assert "BatchNorm refresh only" not in [line.get_label() for line in plain.axes[0].lines]
+
+
 def test_nothing_measured_nothing_drawn() -> None:
     assert measure_figures.method_figure(fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))) is None
     assert measure_figures.instability_figure([]) is None
