@@ -23,14 +23,17 @@ from test_training import (
 )
 from torch import Tensor
 
+from raybd import study_file
 from raybd.clean.adversarial import AdversarialViews, pgd
 from raybd.data.cache import Images
 from raybd.data.pairs import Batch
+from raybd.errors import StudyError
 from raybd.evaluate import EvaluationSet
 from raybd.model import create
 from raybd.objectives import Loss
 from raybd.study import LossWeights, Precision
 from raybd.study.methods import Abd
+from raybd.train.inputs import Inputs
 from raybd.train.loop import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +169,23 @@ def test_the_views_of_images_are_replaced_and_nothing_else(
     torch.testing.assert_close(found.image_views_BCHW, 255 * views)
     assert loss.total.item() == pytest.approx(plain(found).total.item(), rel=1e-6)
     assert loss.total.item() != pytest.approx(plain(batch).total.item(), rel=1e-3)
+
+
+def test_no_other_view_of_an_image_is_made_for_it() -> None:
+    text = "name: s\npoison: {poison_rate: 0.1}\nclean: {num_samples: 50, method: %s}\n"
+    made = {}
+    for method in ("abd", "cleanclip"):
+        study = study_file.parse(text % method, source="s.yaml")
+        inputs, clip = Inputs(study), create(RESNET, seed=1)
+        pairs = inputs.cleaning_pairs(study.clean.settings({}), clip, seed=1)
+        made[method] = next(pairs.epoch(1, batch_size=10))
+    assert made["abd"].image_views_BCHW is None
+    assert made["cleanclip"].image_views_BCHW is not None
+    assert torch.equal(made["abd"].images_BCHW, made["cleanclip"].images_BCHW)
+    assert made["abd"].token_views_BL is not None
+    assert torch.equal(made["abd"].token_views_BL, made["cleanclip"].token_views_BL)
+    with pytest.raises(StudyError, match=r"clean\.image_view: has no effect on abd"):
+        study_file.parse(text % "abd, image_view: crop_flip_colour", source="s.yaml")
 
 
 def test_bf16(images: Images, evaluation_set: EvaluationSet, tmp_path: Path) -> None:  # noqa: F811

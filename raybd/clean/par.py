@@ -120,7 +120,7 @@ class PerturbAndRecover(Recipe):
         pixels, tokens = run.clip.normalise(255 * images), batch.tokens_BL.to(run.context.device)
         image_BD, text_BD, logit_scale = run.encode(pixels, tokens)
         with torch.no_grad(), run.autocast():
-            frozen_image_BD, frozen_text_BD, _ = self._frozen(
+            frozen_image_BD, frozen_text_BD, *_ = self._frozen(
                 pixels.contiguous(memory_format=torch.channels_last), tokens
             )
         return par_loss(

@@ -52,17 +52,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prepare:
-    """What happens to a sample between its shard and the model. Depends on seed, epoch and key alone."""
+    """What happens to a sample between its shard and the model. Depends on seed, epoch and key alone.
+
+    Attributes:
+        views: of images and captions; None where nobody looks at them. A method that makes the images' views itself
+            has captions' alone.
+    """
 
     plan: PoisonPlan
     tokenize: Tokenize
-    views: tuple[ImageView, TextView] | None
+    views: tuple[ImageView | None, TextView] | None
     seed: int
 
     def images(self, images: list[Tensor], keys: Sequence[str], *, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Return images as the model gets them, and their augmented views, uint8 [B, 3, H, W]."""
         images_BCHW = torch.stack([self.plan.image(image, key) for image, key in zip(images, keys, strict=True)])
-        if self.views is None:
+        if self.views is None or self.views[0] is None:
             return images_BCHW, None
         seeds = [fork(self.seed, "image_view", epoch, key) for key in keys]
         return images_BCHW, image_views(images_BCHW, self.views[0], seeds=seeds)

@@ -57,6 +57,8 @@ def users(setting: str) -> frozenset[Method]:
     section = setting.partition(".")[0]
     if section == "loss_weights":
         return frozenset(Method) - frozenset(FIXED_WEIGHTS)
+    if section == "image_view":
+        return frozenset(Method) - {Method.ABD}  # it makes the images' views itself
     return frozenset({Method(section)}) if section in _OWN_SECTIONS else frozenset(Method)
 
 

@@ -21,7 +21,7 @@ from raybd.poison import triggers
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
 from raybd.provenance import digest
 from raybd.seeding import fork
-from raybd.study import CleanSettings, Study, TrainSettings, agreement
+from raybd.study import CleanSettings, Method, Study, TrainSettings, agreement
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,9 @@ class Inputs:
         return [{"shard": skip.shard, "key": skip.key, "reason": skip.reason} for skip in found]
 
     def _prepare(self, plan: PoisonPlan, settings: TrainSettings, clip: Clip, seed: int) -> Prepare:
-        views = (settings.image_view, settings.text_view) if settings.loss_weights.views else None
+        adversarial = isinstance(settings, CleanSettings) and settings.method is Method.ABD
+        image_view = None if adversarial else settings.image_view  # the method makes its own
+        views = (image_view, settings.text_view) if settings.loss_weights.views else None
         return Prepare(plan=plan, tokenize=clip.tokenizer, views=views, seed=seed)
 
     def pretraining_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
