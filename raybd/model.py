@@ -231,23 +231,50 @@ def pretrained(name: str, weights: str, *, field: str) -> Clip:
         clip = create(name, seed=0)
         load_weights(clip, checkpoint.read(weights), where=weights)
         return clip
+    clip = create(name, seed=0)
+    load_tag(clip, weights, where=f"{field}.checkpoint")
+    return clip
+
+
+def tag_file(name: str, tag: str, *, where: str) -> str:
+    """Return the path of weights that open_clip knows under a tag, downloaded where they are not here yet.
+
+    Errors: StudyError where there are none for this model as it is built here; CheckpointError where they cannot be
+    had.
+    """
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights not in tags:
+    if tag not in tags:
         raise StudyError(
-            f"no file {weights!r}, and open_clip has no weights of that tag for {name}",
-            where=f"{field}.checkpoint",
-            expected=f"the path of a checkpoint{', or ' + ', '.join(tags) if tags else ''}",
+            f"open_clip has no weights of that tag for {name}: {tag!r}",
+            where=where,
+            expected=f"a file, or one of {', '.join(tags)}" if tags else "a file: open_clip has none of this model",
         )
+    found = open_clip.get_pretrained_cfg(name, tag)
+    if found.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
+        fix = f"set the model to {name}-quickgelu"
+        raise StudyError(f"{tag} was trained with another activation than {name} has", where=where, fix=fix)
+    if _normalisation(name) is None and tuple(found["mean"]) != open_clip.OPENAI_DATASET_MEAN:
+        raise StudyError(f"{tag} was trained on images normalised in another way than {name}'s", where=where)
     try:
-        net = open_clip.create_model(name, pretrained=weights, output_dict=False)
-    except Exception as error:
+        path = open_clip.download_pretrained(found)
+    except Exception as error:  # whatever a download may fail with
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"open_clip could not get its weights {weights!r} of {name}: {reason}",
-            where=f"{field}.checkpoint",
-            fix="download them elsewhere and give the file's path",
+            f"open_clip's weights {tag} of {name} cannot be downloaded: {reason}",
+            where=where,
+            fix="download them where there is a network, and give the file (of a study's model: as model.start)",
         ) from None
-    return _described(name, net)
+    return str(path)
+
+
+def load_tag(clip: Clip, tag: str, *, where: str) -> None:
+    """Put weights that open_clip knows under a tag into a model. Errors: StudyError, CheckpointError."""
+    path = tag_file(clip.name, tag, where=where)
+    try:
+        open_clip.load_checkpoint(clip.net, path, weights_only=True)
+    except Exception as error:  # another model's weights, or a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"weights {tag} of {clip.name} cannot be read: {reason}", where=path) from None
 
 
 def _described(name: str, net: nn.Module) -> Clip:
@@ -307,6 +334,10 @@ def load_weights(clip: Clip, weights: dict[str, Tensor], *, where: str) -> None:
     if clip.net.logit_bias is None and "logit_bias" in weights:
         clip.net.logit_bias = nn.Parameter(torch.empty_like(weights["logit_bias"]))
     own = clip.net.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        # A number, or a vector of one: open_clip has written both.
+        if name in own and name in weights and weights[name].numel() == 1:
+            weights = {**weights, name: weights[name].reshape(own[name].shape)}
     if "logit_bias" in own:
         weights = {"logit_bias": own["logit_bias"], **weights}
     missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))

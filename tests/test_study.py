@@ -83,7 +83,7 @@ search:
     [
         ("sed: 1", "f.yaml:3: sed: unknown key, did you mean 'seed'?"),
         ("model: {nmae: x}", "f.yaml:3: model.nmae: unknown key, did you mean 'name'?"),
-        ("model: {qqqq: x}", "f.yaml:3: model.qqqq: unknown key (known: name, start)"),
+        ("model: {qqqq: x}", "f.yaml:3: model.qqqq: unknown key (known: name, start, pretrained)"),
         (
             "clean:\n  loss_weights:\n    sssl: 1",
             "f.yaml:5: clean.loss_weights.sssl: unknown key, did you mean 'ssl'?",

@@ -113,6 +113,18 @@ class Study(Section):
             raise ValueError("; ".join(faults))
         return self
 
+    @model_validator(mode="after")
+    def _something_to_clean(self) -> Self:
+        untrained = [name for name in self.pretrain.objectives if self.pretrain.settings(name).epochs == 0]
+        if untrained and not self.model.trained:
+            raise ValueError(
+                f"pretrain.epochs is 0 for {', '.join(untrained)}: a model that nobody trained; "
+                "give model.start or model.pretrained, or train"
+            )
+        if len(untrained) > 1:
+            raise ValueError(f"pretrain.epochs is 0 for {', '.join(untrained)}: all the same model; name one of them")
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Return all settings as plain JSON-able data."""
         return self.model_dump(mode="json")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from raybd.study.base import Fraction, NonNegativeFloat, Section
 
@@ -30,6 +30,18 @@ class Model(Section):
 
     name: str = "resnet-tiny-32"
     start: str | None = Field(None, description="checkpoint to start pretraining from; default: random weights")
+    pretrained: str | None = Field(None, description="the same, a tag under which open_clip has weights of this model")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.start and self.pretrained:
+            raise ValueError("start and pretrained both say what to start from: give one of the two")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether pretraining starts from weights that someone has trained."""
+        return bool(self.start or self.pretrained)
 
 
 class Resources(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from raybd.study.base import NonNegativeFloat, PositiveFloat, Section, plain_name
 
@@ -80,7 +80,7 @@ TERMS = tuple(LossWeights.model_fields)  # names of the loss terms, in the order
 class TrainSettings(Section):
     """Everything about one training run, pretraining or cleaning, apart from data and model."""
 
-    epochs: PositiveInt
+    epochs: NonNegativeInt
     batch_size: Annotated[int, Field(ge=2)] = Field(description="global batch, over all workers")
     lr: PositiveFloat
     warmup_steps: NonNegativeInt
@@ -99,7 +99,7 @@ class PretrainObjective(Section):
     """One pretrain objective: what it has of its own, loss weights above all; the rest is from `pretrain`."""
 
     loss_weights: LossWeights | None = None
-    epochs: PositiveInt | None = None
+    epochs: NonNegativeInt | None = None
     batch_size: Annotated[int, Field(ge=2)] | None = None
     lr: PositiveFloat | None = None
     warmup_steps: NonNegativeInt | None = None
@@ -111,7 +111,7 @@ class PretrainObjective(Section):
 class Pretrain(TrainSettings):
     """Pretraining: one run for each objective, on the poisoned pairs."""
 
-    epochs: PositiveInt = 64
+    epochs: NonNegativeInt = Field(64, description="0 takes the model that is started from as it is")
     batch_size: Annotated[int, Field(ge=2)] = 2048
     lr: PositiveFloat = 1e-3
     warmup_steps: NonNegativeInt = 10_000

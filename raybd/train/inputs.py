@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from functools import cached_property, lru_cache
 
@@ -16,7 +17,7 @@ from raybd.data.shards import Index
 from raybd.data.views import wordnet
 from raybd.errors import DataError, StudyError
 from raybd.evaluate import EvaluationSet, make_set
-from raybd.model import Clip, create, image_size, load_weights
+from raybd.model import Clip, create, image_size, load_tag, load_weights, tag_file
 from raybd.poison import triggers
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
 from raybd.provenance import digest
@@ -191,12 +192,30 @@ class Inputs:
         return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
 
     def new_model(self, settings: TrainSettings, *, seed: int) -> Clip:
-        """Return the model to pretrain: random weights, or those of `model.start`. Errors: CheckpointError."""
-        sigmoid = settings.loss_weights.siglip > 0 and self.study.model.start is None
-        clip = create(self.study.model.name, seed=fork(seed, "weights"), sigmoid=sigmoid)
-        if self.study.model.start:
-            load_weights(clip, checkpoint.read(self.study.model.start), where=self.study.model.start)
+        """Return the model to pretrain: random weights, or those that `model` names.
+
+        Errors: StudyError where open_clip has no such weights; CheckpointError where they cannot be had or read.
+        """
+        model = self.study.model
+        sigmoid = settings.loss_weights.siglip > 0 and not model.trained
+        clip = create(model.name, seed=fork(seed, "weights"), sigmoid=sigmoid)
+        if model.start:
+            load_weights(clip, checkpoint.read(model.start), where=model.start)
+        elif model.pretrained:
+            load_tag(clip, model.pretrained, where="model.pretrained")
         return clip
+
+    @cached_property
+    def _start_hash(self) -> str | None:
+        """A hash of the weights that pretraining starts from, None where they are random."""
+        model = self.study.model
+        path = model.start
+        if model.pretrained:
+            path = tag_file(model.name, model.pretrained, where="model.pretrained")
+        if not path:
+            return None
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def _pixels_hash(self) -> str:
@@ -210,10 +229,6 @@ class Inputs:
             code: version of the code that made it, or will.
         """
         study, settings = self.study, self.study.pretrain.settings(objective)
-        start = study.model.start
-        if start:
-            with open(start, "rb") as file:
-                start = digest(file.read().hex())
         parts = {
             "data": [
                 cache.content_hash(self.train_index),
@@ -221,7 +236,7 @@ class Inputs:
                 study.data.max_train_samples,
                 self.streamed,
             ],
-            "model": [study.model.name, start],
+            "model": [study.model.name, self._start_hash],
             "poison": study.poison.model_dump(mode="json"),
             "settings": settings.model_dump(mode="json"),
             "evaluation": [
