@@ -205,9 +205,8 @@ def test_a_cleaning_set_larger_than_the_clean_pairs_is_refused() -> None:
     assert "at most 230" in str(refusal("clean.num_samples=231"))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "coca_ViT-B-32"])
-def test_models_that_are_not_trained_as_clip_are_refused(name: str) -> None:
-    assert "not a CLIP model with a logit scale" in str(refusal(f"model.name={name}"))
+def test_models_that_are_not_trained_as_clip_are_refused() -> None:
+    assert "not a CLIP model with a logit scale" in str(refusal("model.name=coca_ViT-B-32"))
 
 
 def test_a_run_directory_in_which_nothing_was_trained_takes_another_study(tmp_path: Path) -> None:
