@@ -143,6 +143,7 @@ def _front_rows(points: Sequence[Row], same: Row, before: tuple[float, float]) -
     return [
         {
             **{name: row[name] for name in _SAME},
+            "alpha": row.get("alpha"),
             **same,
             "hv_contribution": float(part),
             "hypervolume": area,
@@ -200,7 +201,7 @@ def _summary(rows: Sequence[Row], searched: Sequence[Row], entry: Row) -> dict[s
             return None
         row = own[searched[index]["trial_id"], searched[index]["epoch"]]
         return {
-            **{name: row[name] for name in (*_POINT, "checkpoint")},
+            **{name: row[name] for name in (*_POINT, "alpha", "checkpoint")},
             "share_lost": share_lost(row["zeroshot_top1"], before),
         }
 
@@ -212,5 +213,5 @@ def _summary(rows: Sequence[Row], searched: Sequence[Row], entry: Row) -> dict[s
         "hypervolume_share": pareto.hypervolume_share(rows[0]["hypervolume"], before),
         "best_asr_within": {str(p): quote(pareto.lowest_asr(top1, asr, floor=floor)) for p, floor in floors.items()},
         "best_top1_at_asr": {str(c): quote(pareto.highest_top1(top1, asr, ceiling=c)) for c in CEILINGS},
-        "front": [{name: row[name] for name in (*_POINT, "hv_contribution", "checkpoint")} for row in rows],
+        "front": [{name: row[name] for name in (*_POINT, "alpha", "hv_contribution", "checkpoint")} for row in rows],
     }

@@ -12,7 +12,7 @@ from raybd.errors import DataError
 from raybd.store import Store
 from raybd.study import TERMS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _text, _int, _float, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us", tz="UTC")
 
@@ -184,6 +184,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("split", _text),
             ("trial_id", _text),
             ("epoch", _int),
+            ("alpha", _float),
             ("zeroshot_top1", _float),
             ("asr_top1", _float),
             ("hv_contribution", _float),

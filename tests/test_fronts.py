@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raybd import fronts
+from raybd.report import words
 
 BASE = (0.60, 0.99)
 # trial, epoch: (accuracy, ASR) on the search half, and on the report half.
@@ -185,3 +186,19 @@ def test_results_that_know_no_halves_are_chosen_and_quoted_on_all_images() -> No
 def test_nothing_in_nothing_out() -> None:
     assert fronts.compute([], []) == []
     assert fronts.summarise([]) == []
+
+
+def test_points_without_training_are_told_by_their_place_on_the_line() -> None:
+    rows = []
+    points = [(0, None, 0.5, 1.0), (1, None, 0.4, 0.3), (2, 0.75, 0.45, 0.5)]
+    for epoch, alpha, top1, asr in points:
+        for split in ("search", "report"):
+            same = {"study": "s", "study_hash": "h", "pretrain_id": "p", "objective": "mmcl", "method": "interpolation"}
+            rates = {"zeroshot_top1": top1, "asr_top1": asr}
+            rows.append({**same, **rates, "trial_id": "t", "epoch": epoch, "alpha": alpha, "split": split})
+    trial = {"trial_id": "t", "number": 0, "state": "complete", "objective": "mmcl", "method": "interpolation"}
+    found = fronts.compute(rows, [{**trial, "pretrain_id": "p"}])
+    final = {row["epoch"] for row in found if row["kind"] == "final"}
+    assert final == {0, 1}
+    told = [words.epoch(point) for point in fronts.summarise(found)[0]["front"]]
+    assert told == ["1", "α 0.75", "0"]

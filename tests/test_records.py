@@ -170,7 +170,7 @@ def test_tables_round_trip_in_the_order_of_parts(store: Store) -> None:
     assert tables.read(store, "poison_plan")["key"].to_pylist() == ["b", "c"]
     assert files(store) == [f"tables/poison_plan/{name}.parquet" for name in ("empty", "part-a", "part-b")]
     part = pq.read_metadata(store.path("tables/poison_plan/part-a.parquet"))
-    assert part.metadata[b"raybd.schema_version"] == b"1"
+    assert part.metadata[b"raybd.schema_version"] == b"2"
     assert part.metadata[b"raybd.table"] == b"poison_plan"
     assert part.row_group(0).column(0).compression == "ZSTD"
 
@@ -211,9 +211,9 @@ def test_parts_that_cannot_be_read_are_named(store: Store) -> None:
         assert caught.value.where == where
         return f"{caught.value.what} | {caught.value.expected}"
 
-    assert message(good) == "schema version missing | version 1"
-    assert message(good.replace_schema_metadata({"raybd.schema_version": "2"})) == "schema version 2 | version 1"
-    version = {"raybd.schema_version": "1"}
+    assert message(good) == "schema version missing | version 2"
+    assert message(good.replace_schema_metadata({"raybd.schema_version": "3"})) == "schema version 3 | version 2"
+    version = {"raybd.schema_version": "2"}
     fewer = good.drop_columns(["seed", "shard"]).replace_schema_metadata(version)
     assert message(fewer) == "columns missing: shard, seed | "
     other = good.set_column(7, "seed", pa.array(["many"])).replace_schema_metadata(version)

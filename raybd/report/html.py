@@ -209,7 +209,7 @@ def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row])
             settings = f"{trial['method']}, {settings}"
         return {
             "trial": "–" if epoch == 0 else words.trial_name(trial_id, trial),
-            "epoch": epoch,
+            "epoch": words.epoch(searched),
             "settings": "poisoned model, not cleaned" if epoch == 0 else settings,
             "checkpoint": searched["checkpoint"] or "",
             "halves": {split: [_rate(row, *columns) for columns in _RATES[:2]] for split, row in halves.items()},
@@ -293,6 +293,7 @@ def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
         if epochs:
             index = pareto.largest_area([e["zeroshot_top1"] for e in epochs], [e["asr_top1"] for e in epochs])
             best = reported.get((row["trial_id"], epochs[index]["epoch"]))
+            best = best and {**best, "epoch": words.epoch(best)}
         name = names[row["objective"], row["pretrain_id"]]
         number = words.trial_name(row["trial_id"], row)
         listed.append({"name": name, "row": row, "number": number, "settings": words.settings(row), "best": best})

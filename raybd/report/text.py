@@ -92,8 +92,9 @@ def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
         if trial is None:
             table.add_row(Text(searched["trial_id"]), *method, str(searched["epoch"]), "–", "–", *scores)
             continue
-        planned = trial["epochs_planned"]
-        epoch = f"{searched['epoch']} of {planned}" if planned is not None else str(searched["epoch"])
+        planned, epoch = trial["epochs_planned"], words.epoch(searched)
+        if planned is not None and searched.get("alpha") is None:
+            epoch = f"{epoch} of {planned}"
         who = Text(words.trial_name(searched["trial_id"], trial))
         table.add_row(who, *method, epoch, words.number(trial["lr"]), words.weights(trial), *scores)
     return table
@@ -121,9 +122,7 @@ def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
         trial = trials.get(chosen["trial_id"])
         who = "poisoned" if chosen["epoch"] == 0 else words.trial_name(chosen["trial_id"], trial)
         lost = words.percent(quoted["share_lost"], digits=1)
-        table.add_row(
-            rule.removeprefix("best "), Text(who), str(chosen["epoch"]), *_scores(front, chosen, quoted), lost
-        )
+        table.add_row(rule.removeprefix("best "), Text(who), words.epoch(chosen), *_scores(front, chosen, quoted), lost)
     return table
 
 

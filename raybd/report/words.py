@@ -41,6 +41,12 @@ def trial_name(trial_id: str, trial: Row | None) -> str:
     return trial_id if trial is None or trial["number"] is None else str(trial["number"])
 
 
+def epoch(point: Row) -> str:
+    """Return a point's epoch; of one made without training its place on the line between two models."""
+    alpha = point.get("alpha")
+    return str(point["epoch"]) if alpha is None else f"α {number(float(alpha))}"
+
+
 def weights(trial: Row | None) -> str:
     """Return a trial's loss weights as `mmcl / ssl`; nothing for a method that has none."""
     if trial is None:
