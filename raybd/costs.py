@@ -118,4 +118,4 @@ def evaluations(settings: TrainSettings) -> int:
 
 
 def _views(settings: TrainSettings) -> int:
-    return 2 if settings.loss_weights.ssl else 1
+    return 2 if settings.loss_weights.views else 1

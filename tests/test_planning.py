@@ -18,7 +18,8 @@ from raybd.ledger import Kind
 from raybd.model import create
 from raybd.report import planned
 from raybd.store import Store
-from raybd.study import Method, Sampler, Study
+from raybd.study import LossWeights, Method, Sampler, Study, TrainSettings
+from raybd.study.training import TERMS
 from raybd.train import probe
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
@@ -64,6 +65,15 @@ def test_an_epoch_of_a_method_does_as_many_operations_as_its_cost_says(method: M
     recipe.detach(training)
     said = costs.cleaning_cost(study.model.name, settings, pairs=32)
     assert said == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_that_looks_at_views_doubles_a_training_run(term: str) -> None:
+    weights = {"mmcl": 0.0, term: 1.0}
+    settings = TrainSettings(epochs=3, batch_size=8, lr=1e-3, warmup_steps=0, loss_weights=LossWeights(**weights))
+    once = 3 * 10 * costs.towers("resnet-tiny-32").pair_training
+    passes = 1 if term in ("mmcl", "siglip", "siglip_mean") else 2
+    assert costs.training_cost("resnet-tiny-32", settings, pairs=10) == passes * once
 
 
 def test_parts_of_a_plan_are_sums_over_its_runs() -> None:
