@@ -96,8 +96,10 @@ def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, 
     """
     pools: dict[str, dict[str, list[differences.Pool]]] = {}
     for run in runs:
+        of_model: dict[tuple[str, str], list[Row]] = {}
         for (objective, pretrain_id, method), rows in run.groups.items():
-            found = differences.pool(rows, run.trials)
+            everyone = of_model.setdefault((objective, pretrain_id), rows)  # the group of all methods comes first
+            found = differences.pool(rows, run.trials, model=everyone)
             if found:
                 pools.setdefault(method, {}).setdefault(run.names[objective, pretrain_id], []).append(found)
     compared = []

@@ -84,15 +84,16 @@ class Pool:
         return np.sum(widths_P * (1.0 - lowest_RP), axis=1)
 
 
-def pool(rows: Sequence[Row], trials: Iterable[Row]) -> Pool | None:
+def pool(rows: Sequence[Row], trials: Iterable[Row], *, model: Sequence[Row] | None = None) -> Pool | None:
     """Gather the points of one group; None without a trial, or without the poisoned model's accuracy.
 
     Args:
         rows: rows of the `epochs` table, of one (objective, pretrain_id, method).
         trials: rows of the `trials` table, for the order in which equal points are preferred.
+        model: rows of all methods on the same poisoned model, which is compared with; default: `rows`.
     """
     splits = fronts.halves(rows)
-    before, quoted_before = (fronts.baseline(rows, split)[0] for split in (splits[0], splits[-1]))
+    before, quoted_before = (fronts.baseline(model or rows, split)[0] for split in (splits[0], splits[-1]))
     order = fronts.trial_order(trials)
     by_trial: dict[str, list[Row]] = {}
     start: Row | None = None

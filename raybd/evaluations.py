@@ -83,8 +83,14 @@ class Request:
 
 
 def study_of(store: Store) -> tuple[Study, Row]:
-    """Return the study of a run directory, and its whole record."""
+    """Return the study of a run directory, and its whole record. Errors: StudyError where it holds numbers only."""
     record = json.loads(store.get("study.json"))
+    if "kind" in record and record["kind"] != "study":
+        raise StudyError(
+            f"holds no models to evaluate, only numbers ({record['kind']})",
+            where=store.uri,
+            fix="give a run directory that `raybd run` made",
+        )
     return Study.model_validate_json(json.dumps(record["study"])), record
 
 

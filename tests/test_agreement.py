@@ -48,6 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
             r"no effect on ft_sam, only on par: restrict it with `when: \{method: \[par\]\}`",
         ),
+        (
+            {},
+            {"method": {"choices": ["cleanclip", "batchnorm_refresh"]}, "lr": {"low": 1e-4, "high": 1e-3}},
+            "space.lr: has no effect on batchnorm_refresh, only on",
+        ),
+        ({"method": "par"}, {"image_view": {"choices": ["autoaugment"]}}, "space.image_view: has no effect on par"),
+        (
+            {"method": "image_tower", "loss_weights": {"mmcl": 0, "ssl": 0, "text_ssl": 1}},
+            {},
+            "clean.loss_weights: image_tower would learn nothing",
+        ),
         ({"method": "ssl", "loss_weights": {"mmcl": 2, "ssl": 1}}, {}, "clean.loss_weights: has no effect on ssl"),
         ({"ft_sam": {"rho": 1.0}}, {}, "clean.ft_sam: has no effect on cleanclip, only on ft_sam: remove it"),
     ],

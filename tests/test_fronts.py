@@ -160,6 +160,25 @@ def test_several_methods_also_have_a_front_of_all() -> None:
     assert {row["method"] for row in fronts.compute(_rows(), TRIALS)} == {"cleanclip"}
 
 
+def test_a_poisoned_model_measured_several_times_has_one_baseline_for_all_methods() -> None:
+    rows = []
+    for method, trial, measured in (("cleanclip", "t", (0.50, 0.99)), ("mmcl", "u", (0.51, 0.98))):
+        same = {
+            "study": "s",
+            "study_hash": "h",
+            "pretrain_id": "p",
+            "objective": "mmcl",
+            "method": method,
+            "split": "all",
+        }
+        for epoch, (top1, asr) in enumerate((measured, (0.4, 0.1))):
+            rows.append({**same, "trial_id": trial, "epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr})
+    for given in (rows, rows[::-1]):
+        found = fronts.compute(given, [])
+        assert {(row["baseline_top1"], row["baseline_asr"]) for row in found} == {(0.51, 0.98)}
+        assert {row["method"] for row in found} == {"all", "cleanclip", "mmcl"}
+
+
 def test_points_without_training_compete_but_are_no_last_epoch() -> None:
     mixed = [{**row, "trial_id": "t-a", "epoch": 3, "alpha": 0.5} for row in _rows() if row["epoch"] == 3]
     rows = fronts.compute([*_rows(), *mixed], TRIALS)

@@ -140,6 +140,8 @@ def test_pareto_and_report_take_an_imported_sweep(sweep: str, tmp_path: Path) ->
     assert all(point["checkpoint"] is None for point in own["front"])
     assert runner.invoke(app, ["pareto", out]).exit_code == 0
     assert runner.invoke(app, ["report", out]).exit_code == 0
+    refused = runner.invoke(app, ["evaluate", out])
+    assert "holds no models to evaluate, only numbers" in str(refused.exception)
     assert "made" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -8,7 +8,10 @@ from operator import attrgetter
 
 from raybd.space import Range, Value
 from raybd.study.cleaning import Clean, CleanSettings
-from raybd.study.methods import Method, users
+from raybd.study.methods import OF_STEPS, Method, users
+
+# Methods that act on the image tower, which a loss of captions alone leaves as it is.
+_LEARN_IMAGES = frozenset({Method.IMAGE_TOWER, Method.DEEP_CLUSTERING, Method.PSEUDO_LABELS})
 
 
 def methods(clean: Clean, space: Mapping[str, Range]) -> frozenset[Method]:
@@ -53,7 +56,8 @@ def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
             )
     for section, field in CleanSettings.model_fields.items():
         given = getattr(clean, section)
-        if given != field.default and not possible & users(section):
+        # What every training has may be given for a method without steps: nobody takes it for a difference.
+        if section not in OF_STEPS and given != field.default and not possible & users(section):
             yield f"clean.{section}: has no effect on {_list(possible)}, only on {_list(users(section))}: remove it"
 
 
@@ -79,6 +83,10 @@ def cleaning_sets(clean: Clean, space: Mapping[str, Range]) -> list[CleanSetting
 
 def _unmet(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
     possible = methods(clean, space)
+    blind = possible & _LEARN_IMAGES
+    searched = any(name.startswith("loss_weights.") for name in space)
+    if blind and not searched and not clean.loss_weights.uses_images:
+        yield f"clean.loss_weights: {_list(blind)} would learn nothing: no weight is on a term that uses images"
     if Method.PSEUDO_LABELS in possible:
         for leaf in ("model", "checkpoint"):
             if not getattr(clean.pseudo_labels, leaf) and f"pseudo_labels.{leaf}" not in space:

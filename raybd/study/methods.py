@@ -49,16 +49,26 @@ _OWN_SECTIONS = frozenset(
 )
 
 
-def users(setting: str) -> frozenset[Method]:
-    """Return the methods that a setting (dotted name, or a section's) has an effect on; those of training have on all.
+# What a method that takes no step has no use for. Its number of epochs is that of its records.
+OF_STEPS = frozenset({"lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "eps"})
+_WITHOUT_VIEWS = frozenset(method for method, weights in FIXED_WEIGHTS.items() if not weights["ssl"])
 
-    Methods that fix the loss weights ignore `loss_weights`, and the sections named after methods are theirs alone.
+
+def users(setting: str) -> frozenset[Method]:
+    """Return the methods that a setting (dotted name, or a section's) has an effect on.
+
+    Methods that fix the loss weights ignore `loss_weights`, those without augmented views their kind, one that takes
+    no step what steps have, and the sections named after methods are theirs alone.
     """
     section = setting.partition(".")[0]
     if section == "loss_weights":
         return frozenset(Method) - frozenset(FIXED_WEIGHTS)
+    if section in OF_STEPS:
+        return frozenset(Method) - {Method.BATCHNORM_REFRESH}
+    if section == "text_view":
+        return frozenset(Method) - _WITHOUT_VIEWS
     if section == "image_view":
-        return frozenset(Method) - {Method.ABD}  # it makes the images' views itself
+        return frozenset(Method) - _WITHOUT_VIEWS - {Method.ABD}  # it makes the images' views itself
     return frozenset({Method(section)}) if section in _OWN_SECTIONS else frozenset(Method)
 
 
