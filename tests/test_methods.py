@@ -292,12 +292,13 @@ def test_every_setting_of_a_method_can_be_searched(method: Method, folder: Path)
 
 
 def test_one_search_draws_the_method_and_what_belongs_to_it(folder: Path) -> None:
+    stepping = {"method": [method.value for method in Method if method is not Method.BATCHNORM_REFRESH]}
     space: dict[str, Any] = {
-        "lr": {"low": 1e-5, "high": 1e-2, "log": True},
+        "lr": {"low": 1e-5, "high": 1e-2, "log": True, "when": stepping},
         "method": {"choices": [method.value for method in Method]},
         "loss_weights.ssl": {"low": 0.0, "high": 8.0, "when": {"method": ["cleanclip", "image_tower"]}},
-        "weight_decay": {"low": 0.1, "high": 100.0, "log": True},
-        "schedule": {"choices": ["cosine", "par"]},
+        "weight_decay": {"low": 0.1, "high": 100.0, "log": True, "when": stepping},
+        "schedule": {"choices": ["cosine", "par"], "when": stepping},
         "shrink_perturb.shrink": {"low": 0.5, "high": 1.0, "when": {"method": "shrink_perturb"}},
         "par.threshold": {"low": 1.5, "high": 2.5, "when": {"method": "par"}},
         "ft_sam.rho": {"low": 0.05, "high": 3.0, "log": True, "when": {"method": "ft_sam"}},
@@ -311,6 +312,7 @@ def test_one_search_draws_the_method_and_what_belongs_to_it(folder: Path) -> Non
     assert {task["params"]["method"] for task in tasks} == set(Method)
     for task in tasks:
         params = task["params"]
+        assert ("lr" in params) == (params["method"] != "batchnorm_refresh")
         assert ("par.threshold" in params) == (params["method"] == "par")
         assert ("ft_sam.rho" in params) == (params["method"] == "ft_sam")
         assert ("shrink_perturb.shrink" in params) == (params["method"] == "shrink_perturb")
