@@ -55,5 +55,11 @@ class ClusterError(RaybdError):
     exit_code = 3
 
 
+class StorageError(RaybdError):
+    """The run directory's disk or bucket does not take or give files: no fault of the trial that met it."""
+
+    exit_code = 3
+
+
 class TrialError(RaybdError):
     """A pretraining or cleaning run failed in itself: a loss that is not finite, for example."""
