@@ -6,14 +6,16 @@ A search can be replayed against them, and sweeps of others come in as such.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybd import tables
+from raybd import parquet, tables
 from raybd.errors import DataError
 from raybd.ledger import Record, State
 from raybd.provenance import digest
@@ -113,12 +115,8 @@ def read(path: str) -> list[Curve]:
 
 
 def _from_table(path: str) -> list[Curve]:
-    folder, _, name = path.rpartition("/")
-    store = Store(folder or ".")
-    try:
-        table = pq.ParquetFile(pa.BufferReader(store.get(name))).read()
-    except pa.ArrowException as error:
-        raise DataError(f"not a readable Parquet file: {error}", where=path) from None
+    folder, _, name = (path if "://" in path else os.path.realpath(Path(path).expanduser())).rpartition("/")
+    table = parquet.read(Store(folder).get(name), where=path)
     missing = [name for name in _NEEDED if name not in table.column_names]
     if missing:
         raise DataError(f"columns missing: {', '.join(missing)}", where=path, expected="a row for each epoch")

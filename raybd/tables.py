@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raybd import parquet
 from raybd.errors import DataError
 from raybd.store import Store
 from raybd.study import TERMS
@@ -226,8 +227,10 @@ TIMES = frozenset({"started", "ended", "device_seconds", "node", *(name for name
 def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one part of a table, whole or not at all; a part of the same name is replaced.
 
-    Errors: DataError on a row with a key that the schema does not have.
+    Errors: DataError on a row with a key that the schema does not have, or a part whose name leads elsewhere.
     """
+    if "/" in part:
+        raise DataError(f"no name of a part: {part!r}", where=f"tables/{table}", expected="a name without /")
     schema = SCHEMAS[table]
     for row in rows:
         if extra := set(row) - set(schema.names):
@@ -247,10 +250,7 @@ def read(store: Store, table: str) -> pa.Table:
     schema = SCHEMAS[table]
     found = []
     for name in store.names(f"tables/{table}", suffix=".parquet"):
-        try:
-            part = pq.ParquetFile(pa.BufferReader(store.get(name))).read()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"not a readable Parquet file: {error}", where=store.path(name)) from None
+        part = parquet.read(store.get(name), where=store.path(name))
         version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")
         if version != str(SCHEMA_VERSION).encode():
             raise DataError(
