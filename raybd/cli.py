@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from raybd.console import View
     from raybd.study_directory import Outcome
 
-FAILED_TRIALS, INTERRUPTED = 4, 130
+FAILED_TRIALS = 4
 
 
 class Format(StrEnum):
@@ -81,16 +80,15 @@ def _carry_out(
     found = study_file.anchored(study_file.load(study, overrides=overrides or []))
     where = run_dir or f"runs/{found.name}"
     from raybd.console import View
-    from raybd.stages import Run, Stage
-    from raybd.store import Store
+    from raybd.driving import driving
 
     view = View()
-    try:
+    with driving(found, where, view) as store:
         view.line("loading torch and open_clip", style="dim")
-        run = Run(found, Store(where), view, address=address, allow_code_change=allow_code_change)
+        from raybd.stages import Run, Stage
+
+        run = Run(found, store, view, address=address, allow_code_change=allow_code_change)
         outcome = run.run(Stage[until.upper()])
-    except KeyboardInterrupt:
-        raise _interrupted(view) from None
     _print_outcome(where, outcome, view)
 
 
@@ -102,12 +100,6 @@ def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
     if outcome.failed:
         view.warn(f"{outcome.failed} trials failed; the report says why")
         raise typer.Exit(FAILED_TRIALS)
-
-
-def _interrupted(view: View) -> typer.Exit:
-    """Say how to go on."""
-    view.line(f"\ninterrupted; what is done is kept. To go on:\n  {shlex.join(['raybd', *sys.argv[1:]])}")
-    return typer.Exit(INTERRUPTED)
 
 
 def _read_run(run: str) -> analysis.Run:
@@ -198,17 +190,15 @@ def replay(
     """Run a study's search against recorded curves: real Ray Tune, Optuna and tables, no training."""
     from raybd import study_file
     from raybd.console import View
-    from raybd.store import Store
+    from raybd.driving import driving
 
     found = study_file.load(study, overrides=set_ or [])
     where = run_dir or f"runs/{found.name}-replay"
     view = View()
-    from raybd.replaying import ReplayRun
+    with driving(found, where, view) as store:
+        from raybd.replaying import ReplayRun
 
-    try:
-        outcome = ReplayRun(found, Store(where), view, on=on, nearest=nearest, address=address).run()
-    except KeyboardInterrupt:
-        raise _interrupted(view) from None
+        outcome = ReplayRun(found, store, view, on=on, nearest=nearest, address=address).run()
     _print_outcome(where, outcome, view)
 
 
@@ -227,12 +217,14 @@ def poison(
     found = study_file.anchored(study_file.load(study, overrides=set_ or []))
     where = run_dir or f"runs/{found.name}"
     from raybd.console import View
-    from raybd.stages import Run
-    from raybd.store import Store
+    from raybd.driving import driving
 
     view = View()
-    run = Run(found, Store(where), view)
-    run.poison()
+    with driving(found, where, view) as store:
+        from raybd.stages import Run
+
+        run = Run(found, store, view)
+        run.poison()
     view.line(f"plan: {run.store.path('tables/poison_plan/plan.parquet')}")
     if preview:
         preview.write_bytes(run.store.get("preview.png"))

@@ -61,5 +61,15 @@ class StorageError(RaybdError):
     exit_code = 3
 
 
+class LockedError(RaybdError):
+    """Another driver works on the run directory."""
+
+    exit_code = 3
+
+
+class SupersededError(RaybdError):
+    """A later attempt has taken a run over, or it was ended: what this process has of it counts no more."""
+
+
 class TrialError(RaybdError):
     """A pretraining or cleaning run failed in itself: a loss that is not finite, for example."""

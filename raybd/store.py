@@ -1,16 +1,38 @@
-"""A run directory on any filesystem that pyarrow knows: whole files in and out, nothing half-written visible."""
+"""A run directory on any filesystem that pyarrow knows: whole files in and out, nothing half-written visible.
+
+A disk or bucket that fails is tried again for a while: what a run has done is worth more than a minute.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
+import re
+import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow import fs
 
-from raybd.errors import DataError
+from raybd.errors import DataError, StorageError
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+# No waiting mends these.
+_HOPELESS = (PermissionError, NotADirectoryError, IsADirectoryError)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+T = TypeVar("T")
 
 
 class Store:
@@ -18,10 +40,13 @@ class Store:
 
     Args:
         uri: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes.
+        patience: seconds for which an operation that fails is tried again.
+
+    Errors: every method raises StorageError where the disk or bucket still fails when patience is at its end.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, *, patience: float = PATIENCE_SECONDS) -> None:
+        self.uri, self.patience = uri, patience
         if "://" in uri:
             self.fs, self.root = fs.FileSystem.from_uri(uri)
         else:
@@ -29,8 +54,8 @@ class Store:
             self.fs = fs.LocalFileSystem()
         self.local = isinstance(self.fs, fs.LocalFileSystem)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return (Store, (self.uri,))
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_reopen, (self.uri, self.patience))
 
     def path(self, name: str) -> str:
         """Return the full path of a file in the run directory. Errors: DataError on a name that leads out of it."""
@@ -55,52 +80,52 @@ class Store:
                 fix="put what it leads to in its place; the run directory itself may be a link",
             )
 
-    def below(self, name: str) -> str:
-        """Return the URI of a folder in the run directory; the options of a URI (`?region=…`) stay at its end."""
-        head, mark, options = self.uri.partition("?")
-        return f"{head.rstrip('/')}/{name}{mark}{options}"
-
     def put(self, name: str, content: bytes) -> None:
         """Write a whole file: readers see the old one or the new one, never a part."""
-        if not self.local:
-            # One write of ready bytes: an exception inside the stream would commit a truncated object.
-            with self.fs.open_output_stream(self.path(name)) as stream:
-                stream.write(content)
-            return
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        if self.local:
+            self.patiently("write", name, lambda: self._write(name, content, os.replace))
+        else:
+            self.patiently("write", name, lambda: self._upload(name, content))
+
+    def put_new(self, name: str, content: bytes) -> bool:
+        """Write a file that is not there yet; return whether it was written. One that is there stays as it is."""
+        if self.local:
+            try:
+                self.patiently("write", name, lambda: self._write(name, content, os.link), answers=(FileExistsError,))
+            except FileExistsError:
+                return False
+            return True
+        if self.exists(name):
+            return False
+        self.put(name, content)
+        return True
 
     def get(self, name: str) -> bytes:
         """Return a file's bytes. Errors: DataError if it is not there."""
-        try:
+
+        def read() -> bytes:
             with self.fs.open_input_stream(self.path(name)) as stream:
                 return bytes(stream.read())
+
+        try:
+            return self.patiently("read", name, read, answers=(FileNotFoundError,))
         except FileNotFoundError:
             raise DataError("no such file in the run directory", where=self.path(name)) from None
 
     def exists(self, name: str) -> bool:
         """Say whether a file is there."""
-        return bool(self.fs.get_file_info(self.path(name)).type == fs.FileType.File)
+        found = self.patiently("look for", name, lambda: self.fs.get_file_info(self.path(name)))
+        return bool(found.type == fs.FileType.File)
 
     def names(self, folder: str, *, suffix: str = "") -> list[str]:
         """Return the files below a folder, relative to the run directory, sorted; none if the folder is not there."""
+        where = self.path(folder) if folder else self.root
         if self.local:
-            return sorted(
-                name for name in self._local_names(self.path(folder) if folder else self.root) if name.endswith(suffix)
-            )
-        selector = fs.FileSelector(self.path(folder) if folder else self.root, recursive=True, allow_not_found=True)
+            listed = self.patiently("list", folder, lambda: list(self._local_names(where)))
+            return sorted(name for name in listed if name.endswith(suffix))
+        selector = fs.FileSelector(where, recursive=True, allow_not_found=True)
         found = []
-        for info in self.fs.get_file_info(selector):
+        for info in self.patiently("list", folder, lambda: self.fs.get_file_info(selector)):
             hidden = info.base_name.startswith(".")
             if info.type == fs.FileType.File and not hidden and info.path.endswith(suffix):
                 found.append(info.path.removeprefix(self.root).lstrip("/"))
@@ -121,4 +146,102 @@ class Store:
     def delete(self, name: str) -> None:
         """Remove a file; one that is gone already is no error."""
         with contextlib.suppress(FileNotFoundError):
-            self.fs.delete_file(self.path(name))
+            self.patiently("remove", name, lambda: self.fs.delete_file(self.path(name)), answers=(FileNotFoundError,))
+
+    def remove_temporaries(self) -> None:
+        """Remove what writers that were killed left. A writer that still lives writes its file anew."""
+        if not self.local:
+            return
+        for folder, _, files in os.walk(self.root):
+            for name in filter(_TEMPORARY.fullmatch, files):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
+
+    def _upload(self, name: str, content: bytes) -> None:
+        # One write of ready bytes: an exception inside the stream would commit a truncated object.
+        with self.fs.open_output_stream(self.path(name)) as stream:
+            stream.write(content)
+
+    def _write(self, name: str, content: bytes, place: Callable[[Path, Path], None]) -> None:
+        """Write a hidden file and put it into place as a whole: `os.replace`, or `os.link` for one that is new."""
+        target = Path(self.path(name))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent)) from None
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                place(temporary, target)
+            except OSError as error:
+                if place is not os.link or error.errno not in _NO_LINKS:
+                    raise
+                # A filesystem without links: here two writers at the same moment could both be told that theirs is new.
+                if target.exists():
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+                os.replace(temporary, target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def patiently(self, verb: str, name: str, action: Callable[[], T], *, answers: tuple[type[OSError], ...] = ()) -> T:
+        """Do something with a file, again and again while the storage fails.
+
+        Args:
+            verb: what is done, for messages.
+            answers: errors that are no failure of the storage: they are passed on at once.
+        """
+        pause, began = _FIRST_PAUSE, time.monotonic()
+        while True:
+            try:
+                return action()
+            except answers:
+                raise
+            except OSError as error:
+                waited = time.monotonic() - began
+                if isinstance(error, _HOPELESS) or waited >= self.patience:
+                    raise self._error(verb, name, error, waited=waited) from error
+                if pause == _FIRST_PAUSE:
+                    log.warning("cannot %s %s/%s: %s; trying again", verb, self.root, name, _reason(error))
+            time.sleep(min(pause, self.patience - waited))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _error(self, verb: str, name: str, error: OSError, *, waited: float) -> StorageError:
+        """Return what to tell the user of a failure that lasts."""
+        what = f"cannot {verb} it: {_reason(error)}"
+        if waited >= 1:
+            what += f", for {waited:.0f} s"
+        if self.local and (free := _free(self.root)):
+            what += f" ({free})"
+        if error.errno in _FULL:
+            fix = "make room"
+        elif error.errno in _CLOSED or isinstance(error, PermissionError):
+            fix = "make it writable"
+        else:
+            fix = "see that the disk or bucket answers"
+        fix += ", then call the same command again: it goes on, and nothing that was finished is lost"
+        return StorageError(what, where=f"{self.root}/{name}", fix=fix)
+
+
+def _reopen(uri: str, patience: float) -> Store:
+    return Store(uri, patience=patience)
+
+
+def _reason(error: OSError) -> str:
+    """Return the reason of a failure in few words: the system's, or a bucket's first line."""
+    if error.errno:
+        return os.strerror(error.errno).lower()
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+def _free(root: str) -> str:
+    """Return how much room a local disk has, in words; empty where it does not say."""
+    try:
+        found = shutil.disk_usage(root)
+    except OSError:
+        return ""
+    return f"{found.free / 1e9:.2f} of {found.total / 1e9:.2f} GB free"

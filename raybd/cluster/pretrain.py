@@ -29,7 +29,7 @@ def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Run on each worker. A run that fails by itself is returned, not raised: Ray would only try it again."""
     logging.getLogger().setLevel(logging.WARNING)
     torch.set_num_threads(config["threads"])
-    where, store = ray.train.get_context(), Store(config["run"])
+    where, store = ray.train.get_context(), config["store"]
     failed = {}
     for objective, pretrain_id in config["pretrain_ids"].items():
         if done(store, pretrain_id) is not None:
@@ -72,7 +72,7 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
         train_loop_config={
             "study": study.model_dump_json(),
             "pretrain_ids": dict(pretrain_ids),
-            "run": store.uri,
+            "store": store,
             "threads": share.cpus_per_worker,
         },
         torch_config=TorchConfig(backend="nccl" if share.use_gpu else "gloo"),
@@ -83,7 +83,7 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
         ),
         run_config=RunConfig(
             name=f"pretrain-{uuid.uuid4().hex[:8]}",
-            storage_path=store.below("ray"),
+            storage_path=share.scratch,
             failure_config=FailureConfig(max_failures=study.resources.max_failures),
         ),
     )

@@ -19,7 +19,7 @@ from raybd.store import Store
 from raybd.study import Study
 
 
-def _trainable(config: dict[str, Any], *, study: str, run: str, carry_out: CarryOut) -> None:
+def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: CarryOut) -> None:
     """Run one trial in a Ray actor, which may have run others before."""
     logging.getLogger().setLevel(logging.WARNING)
 
@@ -27,7 +27,7 @@ def _trainable(config: dict[str, Any], *, study: str, run: str, carry_out: Carry
         top1, asr = point(record)
         tune.report({"epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr, "ended": False})
 
-    task, found, store = Assignment(**config), Study.model_validate_json(study), Store(run)
+    task, found = Assignment(**config), Study.model_validate_json(study)
     try:
         entry = carry_out(found, store, task, notify)
     except StudyError:
@@ -82,7 +82,7 @@ def run_search(
     )
     if not searcher.remaining:
         return
-    function = tune.with_parameters(_trainable, study=study.model_dump_json(), run=store.uri, carry_out=carry_out)
+    function = tune.with_parameters(_trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
         tune.with_resources(function, needs),
@@ -96,7 +96,7 @@ def run_search(
         ),
         run_config=tune.RunConfig(
             name=f"search-{uuid.uuid4().hex[:8]}",
-            storage_path=store.below("ray"),
+            storage_path=share.scratch,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.search.retries),
             callbacks=[_Watch(on_epoch, lambda task: on_end(settle(store, study, task)))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ class Share:
 
     Attributes:
         missing: what the cluster does not have now, in words.
+        scratch: a folder on the driver's machine for what Ray keeps of its own; gone when the session ends. Nothing
+            reads it: a run goes on from its ledger, and Ray's files are pickles, which a run directory must not hold.
     """
 
     num_workers: int
@@ -48,6 +51,7 @@ class Share:
     cpus_per_trial: int
     gpus_per_trial: float
     missing: tuple[str, ...] = ()
+    scratch: str = ""
 
 
 def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) -> Share:
@@ -129,11 +133,13 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
             where=f"--address {address}" if address else "",
             fix="start the cluster with `ray up cluster.yaml`, or leave --address out to run on this machine",
         ) from None
-    try:
-        have = ray.cluster_resources()
-        yield resolve(wanted, cpus=int(have.get("CPU", 0)), gpus=int(have.get("GPU", 0)), may_grow=address is not None)
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="raybd-", ignore_cleanup_errors=True) as scratch:
+        try:
+            have = ray.cluster_resources()
+            cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+            yield replace(resolve(wanted, cpus=cpus, gpus=gpus, may_grow=address is not None), scratch=scratch)
+        finally:
+            ray.shutdown()
 
 
 def uninterrupted(function: Callable[[], Any]) -> Any:

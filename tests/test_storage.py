@@ -1,0 +1,299 @@
+"""Storage that fails for a while or for good, and one driver for each run directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from raybd import lock
+from raybd.errors import LockedError, StorageError
+from raybd.lock import only_driver
+from raybd.store import Store
+
+
+def files(store: Store) -> list[str]:
+    """Return all files of a local run directory, hidden ones too."""
+    root = Path(store.root)
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Let every write of more than ten bytes fail in the kernel, in this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# --- storage that fails
+
+
+def test_a_disk_that_is_full_for_a_while_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(str(tmp_path), patience=20)
+    store.put("a/old", b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = threading.Timer(0.5, resource.setrlimit, (resource.RLIMIT_FSIZE, before))
+    with no_room():
+        room.start()
+        began = time.monotonic()
+        store.put("a/old", b"new" * 10)
+        assert 0.4 < time.monotonic() - began < 10
+    room.join()
+    assert store.get("a/old") == b"new" * 10
+    assert files(store) == ["a/old"]
+    # Once, however often it is tried.
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cannot write {tmp_path}/a/old: file too large; trying again"
+    ]
+
+
+def test_a_disk_that_stays_full_is_an_error_that_says_so(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), patience=1.2)
+    store.put("a/old", b"old")
+    with no_room(), pytest.raises(StorageError) as caught:
+        store.put("a/old", b"new" * 10)
+    assert files(store) == ["a/old"]
+    assert store.get("a/old") == b"old"
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert error.exit_code == 3
+    assert error.where == f"{tmp_path}/a/old"
+    assert "cannot write it: file too large, for 1 s (" in str(error)
+    assert "GB free)" in str(error)
+    assert "make room, then call the same command again" in error.fix
+    assert "nothing that was finished is lost" in error.fix
+
+
+def test_what_no_waiting_mends_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = Store(str(tmp_path / "file"), patience=60)
+    began = time.monotonic()
+    for action in (lambda: store.put("a", b""), lambda: store.put_new("a/b", b""), lambda: store.get("a")):
+        with pytest.raises(StorageError, match="not a directory"):
+            action()
+    assert time.monotonic() - began < 5
+
+
+def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, store in enumerate((Store(str(tmp_path)), Store("mock:///bucket"))):
+        if number:
+            store.fs.create_dir("bucket")
+        assert store.put_new("x", b"first")
+        assert not store.put_new("x", b"second")
+        assert store.get("x") == b"first"
+        assert store.names("") == ["x"]
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = Store(str(tmp_path))
+    assert store.put_new("y", b"first")
+    assert not store.put_new("y", b"second")
+    assert store.get("y") == b"first"
+    assert files(store) == ["x", "y"]
+
+
+def test_of_many_writers_of_a_new_file_one_is_told_that_it_wrote_it(tmp_path: Path) -> None:
+    store, told = Store(str(tmp_path)), []
+
+    def write(number: int) -> None:
+        told.extend([number] if store.put_new("x", b"%d" % number) else [])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [b"%d" % number for number in told] == [store.get("x")]
+
+
+# --- one driver
+
+DRIVER = """
+import sys, time
+from raybd.lock import only_driver
+from raybd.store import Store
+sys.argv = ["raybd", "run", "a study"]
+with only_driver(Store(sys.stdin.readline().strip())):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_driver(run_dir: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{run_dir}\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_driver_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    first = start_driver(tmp_path / "run")
+    try:
+        began = time.monotonic()
+        with pytest.raises(LockedError) as caught, only_driver(store):
+            raise AssertionError
+        assert time.monotonic() - began < 1
+        assert caught.value.exit_code == 3
+        for part in (f"process {first.pid} on {socket.gethostname()}, since 20", "raybd run 'a study'"):
+            assert part in str(caught.value)
+    finally:
+        first.kill()
+        first.communicate()
+    store.put("x", b"1")
+    Path(store.path(".x.0123abcd")).write_bytes(b"half")
+    Path(store.path(".keep")).write_bytes(b"another's")
+    with only_driver(store):
+        assert files(store) == [".keep", lock.NAME, "x"]
+    assert files(store) == [".keep", "x"]
+
+
+def test_a_folder_that_stayed_empty_is_not_left(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    with only_driver(store):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    with only_driver(store):
+        store.put("x", b"")
+    assert files(store) == ["x"]
+
+
+def test_a_lock_is_of_the_file_that_is_there(tmp_path: Path) -> None:
+    """Many threads take turns, each of which removes the file at its end: never two at once."""
+    store, inside, most = Store(str(tmp_path)), [], []
+
+    def work() -> None:
+        for _ in range(30):
+            try:
+                with only_driver(store):
+                    inside.append(1)
+                    most.append(len(inside))
+                    time.sleep(0.001)
+                    inside.pop()
+            except LockedError:
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) > 6
+    assert set(most) == {1}
+
+
+def test_a_filesystem_without_locks_is_held_like_a_bucket(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    store = Store(str(tmp_path))
+    with only_driver(store):
+        held = json.loads(store.get(lock.NAME))
+        assert held["pid"] == os.getpid()
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on"), only_driver(store):
+            raise AssertionError
+        assert json.loads(store.get(lock.NAME))["nonce"] == held["nonce"]
+    assert files(store) == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "_STALE_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "_SETTLE_SECONDS", 0.1)
+
+
+def other(**more: object) -> bytes:
+    """Return the lock of a driver on another machine."""
+    found = {"host": "elsewhere", "pid": 7, "started": "2026-01-01", "command": "raybd run x", "nonce": "n", "beat": 1}
+    return json.dumps({**found, "renewed": time.time(), **more}).encode()
+
+
+def test_a_bucket_is_held_by_an_object_that_is_renewed(tmp_path: Path, quick: None) -> None:
+    store = Store(str(tmp_path))
+    with lock._renewed(store):
+        first = json.loads(store.get(lock.NAME))
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on"), lock._renewed(store):
+            raise AssertionError
+        time.sleep(0.4)
+        assert json.loads(store.get(lock.NAME))["beat"] > first["beat"] >= 0
+    assert not store.exists(lock.NAME)
+    store.put(lock.NAME, other())
+    with (
+        pytest.raises(LockedError, match="process 7 on elsewhere, since 2026-01-01: raybd run x"),
+        lock._renewed(store),
+    ):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("left", [{"renewed": 0.0}, {"host": socket.gethostname(), "pid": 2**22 + 1}])
+def test_a_bucket_that_nobody_renews_is_taken_over(tmp_path: Path, quick: None, left: dict[str, object]) -> None:
+    """One that was silent for long, and one of this machine whose process is gone."""
+    store = Store(str(tmp_path))
+    store.put(lock.NAME, other(**left))
+    with lock._renewed(store):
+        assert json.loads(store.get(lock.NAME))["pid"] == os.getpid()
+
+
+def test_a_silent_driver_that_beats_again_keeps_its_bucket(tmp_path: Path, quick: None) -> None:
+    store = Store(str(tmp_path))
+    store.put(lock.NAME, other(renewed=0.0))
+    beat = threading.Timer(0.1, store.put, (lock.NAME, other(renewed=0.0, beat=2)))
+    beat.start()
+    with pytest.raises(LockedError), lock._renewed(store):
+        raise AssertionError
+    beat.join()
+
+
+def test_a_driver_whose_bucket_was_taken_over_stops(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    monkeypatch.setattr(signal, "SIGTERM", signal.SIGINT)
+
+    def drive() -> None:
+        with lock._renewed(store):
+            store.put(lock.NAME, other())
+            time.sleep(10)
+
+    with pytest.raises(LockedError, match="on elsewhere"):
+        drive()
+    assert json.loads(store.get(lock.NAME))["host"] == "elsewhere"
+
+
+def test_of_two_that_came_at_once_the_last_has_the_bucket(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    monkeypatch.setattr(
+        lock, "_beat", lambda store, own, beat=lock._beat: (beat(store, own), store.put(lock.NAME, other()))
+    )
+    with pytest.raises(LockedError, match="on elsewhere"), lock._renewed(store):
+        raise AssertionError
