@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,18 @@ def from_bytes(content: bytes, *, where: str) -> dict[str, Tensor]:
         return _load(content)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"not a whole safetensors file: {error}", where=where) from None
+    except KeyError as error:
+        raise CheckpointError(f"holds numbers of a kind that torch has not: {error}", where=where) from None
 
 
-def metadata_of(content: bytes) -> dict[str, Any]:
-    """Return the metadata that `to_bytes` put into a safetensors file."""
+def metadata_of(content: bytes, *, where: str = "") -> dict[str, Any]:
+    """Return the metadata that `to_bytes` put into a safetensors file, or nothing. Errors: CheckpointError."""
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    return json.loads(header.get("__metadata__", {}).get("raybd", "{}"))
+    try:
+        header = json.loads(content[8 : 8 + length])
+        return dict(json.loads(header.get("__metadata__", {}).get("raybd", "{}")))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"its metadata cannot be read: {error}", where=where) from None
 
 
 def read(path: str) -> dict[str, Tensor]:
@@ -53,11 +60,11 @@ def read(path: str) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return from_bytes(content, where=path)
     try:
+        _refuse_packed(content)
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot be read as plain weights: {reason}",
+            f"cannot be read as plain weights: {_reason(error)}",
             where=path,
             expected="tensors only; a file that needs code to be run is refused",
             fix="save the state_dict alone, or convert it to safetensors where you trust it",
@@ -67,6 +74,29 @@ def read(path: str) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError("holds no weights", where=path, expected="a mapping of names to tensors, or `state_dict`")
     return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def _refuse_packed(content: bytes) -> None:
+    """Raise ValueError on a compressed PyTorch file: torch itself stores weights as they are, so what a file holds is
+    no larger than the file."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return  # the older format
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+    if names and not any("/code/" in name for name in names):  # TorchScript, of which torch says what it is
+        raise ValueError(f"{names[0]} is compressed, there is no bound on what it unpacks to")
+
+
+def _reason(error: Exception) -> str:
+    """Say why torch refused a file, without its advice to load it all the same."""
+    text = str(error)
+    if called := re.search(r"GLOBAL (\S+)", text):
+        return f"loading it would run {called[1]}"
+    if "TorchScript" in text:
+        return "a TorchScript archive, which is code"
+    if "weights_only" in text or "Weights only" in text:
+        return "it is a pickle of other things than weights"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -85,12 +115,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; hyperparameters stay as the new optimizer has them."""
+    """Put back what `optimizer_tensors` gave; hyperparameters stay as the new optimizer has them.
+
+    Errors: CheckpointError on the state of a parameter that there is not.
+    """
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors.items():
         if not key.startswith("optimizer."):
             continue
         name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+        if name not in by_name:
+            raise CheckpointError(f"optimizer state of another model: {name}", where="state")
         parameter = by_name[name]
         if value.shape == parameter.shape and value.ndim:
             # In the parameter's own memory layout: the fused step pairs the two element by element as they lie.

@@ -331,8 +331,9 @@ def load_weights(clip: Clip, weights: dict[str, Tensor], *, where: str) -> None:
     The logit bias alone may be missing on either side: weights of a model that has one give it to this model, and
     a model keeps its own where the weights have none.
     """
-    if clip.net.logit_bias is None and "logit_bias" in weights:
-        clip.net.logit_bias = nn.Parameter(torch.empty_like(weights["logit_bias"]))
+    bias = weights.get("logit_bias")
+    if clip.net.logit_bias is None and bias is not None and bias.numel() == 1:
+        clip.net.logit_bias = nn.Parameter(torch.zeros(bias.shape))
     own = clip.net.state_dict()
     for name in ("logit_scale", "logit_bias"):
         # A number, or a vector of one: open_clip has written both.
@@ -341,11 +342,8 @@ def load_weights(clip: Clip, weights: dict[str, Tensor], *, where: str) -> None:
     if "logit_bias" in own:
         weights = {"logit_bias": own["logit_bias"], **weights}
     missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    wrong = [
-        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
+    found = (_misfit(name, weights[name], own[name]) for name in own if name in weights)
+    wrong = [misfit for misfit in found if misfit]
     if missing or extra or wrong:
         faults = [
             *(f"{name} is missing" for name in missing[:3]),
@@ -354,9 +352,20 @@ def load_weights(clip: Clip, weights: dict[str, Tensor], *, where: str) -> None:
         ]
         raise CheckpointError(
             f"weights of another model: {'; '.join(faults)} "
-            f"({len(missing)} missing, {len(wrong)} of another shape, {len(extra)} unknown)",
+            f"({len(missing)} missing, {len(wrong)} of another kind, {len(extra)} unknown)",
             where=where,
             expected=f"weights of {clip.name}",
             fix="set model.name to the model that the checkpoint holds",
         )
     clip.net.load_state_dict(weights)
+
+
+def _misfit(name: str, given: Tensor, own: Tensor) -> str:
+    """Say how a tensor is none that can take the place of the model's own; nothing where it can."""
+    if given.shape != own.shape:
+        return f"{name} is {tuple(given.shape)}, not {tuple(own.shape)}"
+    if given.is_meta or given.is_quantized or given.layout is not torch.strided:
+        return f"{name} holds no plain numbers"
+    if given.is_floating_point() != own.is_floating_point() or given.is_complex():
+        return f"{name} is {given.dtype}, not {own.dtype}"
+    return ""

@@ -529,7 +529,7 @@ def test_weights_that_do_not_fit_are_named() -> None:
     assert "ln_final.bias is missing" in text
     assert "text_projection is (3, 2), not (64, 64)" in text
     assert "extra.weight is not known" in text
-    assert "(1 missing, 1 of another shape, 1 unknown)" in text
+    assert "(1 missing, 1 of another kind, 1 unknown)" in text
     assert_same(copy_of(clip.net), before)
     other = copy_of(create(RESNET, seed=1).net)
     load_weights(clip, other, where="weights.safetensors")
