@@ -15,7 +15,7 @@ from raybd.metrics import Counts
 from raybd.seeding import fork
 from raybd.space import Value
 from raybd.store import Store
-from raybd.study import Study
+from raybd.study import Failure, Study
 
 Point = tuple[float, float]
 Notify = Callable[[int, dict[str, Any]], None]
@@ -82,22 +82,39 @@ def drop_state(store: Store, id: str) -> None:
     store.delete(f"progress/{id}.json")
 
 
-def settle(store: Store, study: Study, task: Assignment) -> Entry:
-    """Return a trial's ended ledger entry; one that could not start, or whose process died, is ended as failed here."""
+def require_started(store: Store, study: Study, task: Assignment) -> Entry:
+    """Return a trial's ledger entry; a start is recorded for one that did not get as far as that."""
     ledger = Ledger(store)
-    reason = ("WorkerDied", "the trial's process died (killed, or out of memory) and its retries are used up")
     try:
-        entry = ledger.entry(Kind.TRIAL, task.trial_id)
+        return ledger.entry(Kind.TRIAL, task.trial_id)
     except DataError:
-        try:
-            record = start_record(study, task)
-        except StudyError as error:
-            reason = (type(error).__name__, error.what)
-            record = {**start_record(study, replace(task, params={})), "params": dict(task.params)}
-        ledger.start(Kind.TRIAL, task.trial_id, record)
-        entry = ledger.entry(Kind.TRIAL, task.trial_id)
+        pass
+    try:
+        record = start_record(study, task)
+    except StudyError:
+        record = {**start_record(study, replace(task, params={})), "params": dict(task.params)}
+    ledger.start(Kind.TRIAL, task.trial_id, record)
+    return ledger.entry(Kind.TRIAL, task.trial_id)
+
+
+def settle(store: Store, study: Study, task: Assignment, *, reason: tuple[Failure, str] | None = None) -> Entry:
+    """Return a trial's ended ledger entry; one that has not ended is ended as failed here.
+
+    Args:
+        reason: why it failed, if not as its last attempt did.
+    """
+    entry = require_started(store, study, task)
     if entry.ended is not None:
         return entry
-    ended = {"state": State.FAILED, "error_type": reason[0], "error_message": reason[1]}
+    entry = Ledger(store).end(Kind.TRIAL, task.trial_id, failed_record(entry, reason=reason))
     drop_state(store, task.trial_id)
-    return ledger.end(Kind.TRIAL, task.trial_id, {**ended, "ended": datetime.now(UTC).isoformat()})
+    return entry
+
+
+def failed_record(entry: Entry, *, reason: tuple[Failure, str] | None = None) -> dict[str, Any]:
+    """Return what the ledger keeps of the end of a trial that failed."""
+    if reason is None and entry.failures:
+        reason = (Failure(entry.failures[-1]["kind"]), entry.failures[-1]["message"])
+    kind, message = reason or (Failure.DIED, "it did not come to an end, and nobody knows why")
+    ended = datetime.now(UTC).isoformat()
+    return {"state": State.FAILED, "error_type": kind, "error_message": message, "ended": ended}

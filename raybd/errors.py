@@ -72,4 +72,8 @@ class SupersededError(RaybdError):
 
 
 class TrialError(RaybdError):
-    """A pretraining or cleaning run failed in itself: a loss that is not finite, for example."""
+    """A pretraining or cleaning run failed in itself, or too many of them did."""
+
+
+class NonFiniteError(TrialError):
+    """A loss is not finite: the same settings would lead there again."""

@@ -41,6 +41,7 @@ class Entry:
         attempts: how often it was started.
         epochs: the record of each finished epoch, by number.
         ended: the record of its end, None while it runs or after its process died.
+        failures: the records of attempts that failed, the first one first.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Entry:
     attempts: int
     epochs: dict[int, Record]
     ended: Record | None
+    failures: tuple[Record, ...] = ()
 
 
 class Ledger:
@@ -66,10 +68,16 @@ class Ledger:
         """Record a finished epoch; one that is finished again, after a crash, takes the place of its first record."""
         self._put(f"ledger/{kind}/{id}/epoch-{epoch:04d}.json", record)
 
+    def failed(self, kind: Kind, id: str, record: Record) -> None:
+        """Record that an attempt failed; whether the entry ends with it is another matter."""
+        number = len(self._names(kind, id, "failed-")) + 1
+        self._put(f"ledger/{kind}/{id}/failed-{number:03d}.json", record)
+
     def end(self, kind: Kind, id: str, record: Record) -> Entry:
         """Record an end. It holds all that the entry has, so that readers of an ended one need one file."""
         entry = self.entry(kind, id)
-        content = {"started": entry.started, "attempts": entry.attempts, "ended": record}
+        content: Record = {"started": entry.started, "attempts": entry.attempts, "ended": record}
+        content["failures"] = entry.failures
         content["epochs"] = {str(number): entry.epochs[number] for number in sorted(entry.epochs)}
         self._put(f"ledger/{kind}/{id}/ended.json", content)
         return self.entry(kind, id)
@@ -101,7 +109,8 @@ class Ledger:
         if "ended.json" in last:
             found = self._get(last["ended.json"])
             epochs = {int(number): record for number, record in found["epochs"].items()}
-            return Entry(id, found["started"], found["attempts"], epochs, found["ended"])
+            failures = tuple(found.get("failures", ()))
+            return Entry(id, found["started"], found["attempts"], epochs, found["ended"], failures)
         starts = [name for name in last if name.startswith("started-")]
         epochs = {
             int(name[len("epoch-") : -len(".json")]): self._get(path)
@@ -109,7 +118,8 @@ class Ledger:
             if name.startswith("epoch-")
         }
         started = self._get(last[min(starts)]) if starts else {}
-        return Entry(id, started, len(starts), epochs, None)
+        failures = tuple(self._get(path) for name, path in sorted(last.items()) if name.startswith("failed-"))
+        return Entry(id, started, len(starts), epochs, None, failures)
 
     def _put(self, name: str, record: Record) -> None:
         self._store.put(name, json.dumps(record, sort_keys=True, allow_nan=True).encode())

@@ -16,7 +16,7 @@ import torch
 from raybd import checkpoint
 from raybd.clean.trial import Assignment, _Keeper, point, run_trial, start_record
 from raybd.data.shards import find_shards, samples
-from raybd.errors import StudyError
+from raybd.errors import StorageError, StudyError, TrialError
 from raybd.evaluate import evaluate
 from raybd.fronts import checkpoint_name
 from raybd.ledger import Entry, Kind, Ledger, State
@@ -217,37 +217,54 @@ def test_a_loss_that_is_not_finite_ends_the_trial_as_failed(study: Study, store:
     entry = run_trial(study, store, task_of(number=4, lr=1e30, mmcl=1.0, ssl=0.0), device=CPU)
     assert entry.ended is not None
     assert entry.ended["state"] == State.FAILED
-    assert entry.ended["error_type"] == "TrialError"
+    assert entry.ended["error_type"] == "non_finite"
     assert entry.ended["error_message"].startswith("loss is nan at step 1 (epoch 1, lr 1e+30)")
     assert sorted(entry.epochs) == [0]
+    # It would be so again: it is not tried again.
+    assert [(failure["kind"], failure["epoch"]) for failure in entry.failures] == [("non_finite", 0)]
     found = store.get("errors/mmcl-0004.txt").decode()
-    assert found.startswith("Traceback (most recent call last):")
+    assert found.startswith("failure 1, ")
+    assert "Traceback (most recent call last):" in found
     assert "_train_epoch" in found
     assert "loss is nan at step 1" in found
     assert store.names("weights") == store.names("state") == []
     row = trial_row(entry)
-    assert (row["state"], row["error_type"], row["epochs_done"]) == ("failed", "TrialError", 0)
+    assert (row["state"], row["error_type"], row["epochs_done"]) == ("failed", "non_finite", 0)
     assert row["weight_decay_in_force"] is None
     assert row["ended"] is not None
 
 
-def test_weights_that_are_missing_or_of_another_model_fail_the_trial_alone(study: Study, store: Store) -> None:
+def test_an_error_is_tried_again_as_the_study_says_and_its_first_traceback_kept(study: Study, store: Store) -> None:
     missing = Assignment("mmcl-0001", 1, "mmcl", "mmcl-nowhere", {})
+    with pytest.raises(TrialError, match="error: no such file in the run directory"):
+        run_trial(study, store, missing, device=CPU)
+    half = Ledger(store).entry(Kind.TRIAL, "mmcl-0001")
+    assert (half.ended, half.attempts, len(half.failures)) == (None, 1, 1)
+    store.put(weights_name("mmcl-nowhere"), checkpoint.to_bytes(create("vit-tiny-32", seed=0).net.state_dict()))
     entry = run_trial(study, store, missing, device=CPU)
     assert entry.ended is not None
-    assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "DataError")
-    assert entry.ended["error_message"] == "no such file in the run directory"
-    assert "pretrained/mmcl-nowhere.safetensors" in store.get("errors/mmcl-0001.txt").decode()
+    assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "error")
+    assert entry.ended["error_message"].startswith("weights of another model: ")
+    assert (entry.attempts, [failure["epoch"] for failure in entry.failures]) == (2, [None, None])
+    assert entry == Ledger(store).entry(Kind.TRIAL, "mmcl-0001")
+    kept = store.get("errors/mmcl-0001.txt").decode()
+    assert kept.index("pretrained/mmcl-nowhere.safetensors") < kept.index("weights of another model")
+    assert kept.count("Traceback (most recent call last):") >= 2
     assert entry.epochs == {}
     assert trial_row(entry)["epochs_done"] is None
+    assert trial_row(entry)["attempt"] == 2
     assert epoch_rows(entry) == []
 
-    store.put(weights_name("mmcl-other"), checkpoint.to_bytes(create("vit-tiny-32", seed=0).net.state_dict()))
-    other = Assignment("mmcl-0002", 2, "mmcl", "mmcl-other", {})
-    entry = run_trial(study, store, other, device=CPU)
-    assert entry.ended is not None
-    assert entry.ended["error_type"] == "CheckpointError"
-    assert entry.ended["error_message"].startswith("weights of another model: ")
+
+def test_a_fault_of_the_storage_is_no_failure_of_the_trial(study: Study, store: Store) -> None:
+    def fail(epoch: int, record: dict[str, Any]) -> None:
+        raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError):
+        run_trial(study, store, task_of(number=5, lr=5e-3, mmcl=1.0, ssl=0.0), device=CPU, notify=fail)
+    entry = Ledger(store).entry(Kind.TRIAL, "mmcl-0005")
+    assert (entry.ended, entry.failures) == (None, ())
+    assert not store.exists("errors/mmcl-0005.txt")
 
 
 class Killed(BaseException):

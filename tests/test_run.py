@@ -241,7 +241,7 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     assert [row["poisoned_seen"] for row in rows] == [0, 26, 52, 78]
     by_lr = {row["lr"]: row for row in tables.read(store, "trials").to_pylist()}
     assert {lr: row["state"] for lr, row in by_lr.items()} == {1e-4: "complete", 1e30: "failed", 2e-4: "complete"}
-    assert by_lr[1e30]["error_type"] == "TrialError"
+    assert by_lr[1e30]["error_type"] == "non_finite"
     assert "loss is nan" in by_lr[1e30]["error_message"]
     assert "1 trials failed" in output
     assert "Traceback" in store.get(f"errors/{by_lr[1e30]['trial_id']}.txt").decode()

@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 from pydantic import ValidationError
 from ray.tune.search import Searcher
 
+from raybd.assignment import settle
 from raybd.clean.trial import Assignment
-from raybd.cluster.search import settle
 from raybd.cluster.searcher import LedgerSearcher, distribution, make_sampler, told
 from raybd.cluster.session import Share, resolve
 from raybd.errors import ClusterError, DataError
@@ -24,7 +24,7 @@ from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import epoch_rows, trial_row
 from raybd.space import Range
 from raybd.store import Store
-from raybd.study import Resources, Search, Study, Tell
+from raybd.study import Failure, Resources, Search, Study, Tell
 
 IDS = {"mmcl": "mmcl-aaaa", "mmcl_ssl": "mmcl_ssl-bbbb"}
 LR = {"low": 1e-6, "high": 1e-2, "log": True}
@@ -452,7 +452,7 @@ def test_a_trial_that_died_is_settled_as_failed(tmp_path: Any) -> None:
     task = Assignment("mmcl-0003", 3, "mmcl", "mmcl-aaaa", {"lr": 1e-3})
     entry = settle(store, study, task)  # it died before it could say that it had started
     assert entry.ended is not None
-    assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "WorkerDied")
+    assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "died")
     assert (entry.started["number"], entry.started["params"], entry.attempts) == (3, {"lr": 1e-3}, 1)
     row = trial_row(entry)
     assert (row["state"], row["lr"], row["epochs_done"]) == ("failed", 1e-3, None)
@@ -465,16 +465,17 @@ def test_a_trial_that_died_is_settled_as_failed(tmp_path: Any) -> None:
     ledger.epoch(Kind.TRIAL, "mmcl-0004", 0, record(40, 99))
     entry = settle(store, study, Assignment("mmcl-0004", 4, "mmcl", "mmcl-aaaa", {"lr": 1e-3}))
     assert entry.ended is not None
-    assert (entry.ended["error_type"], sorted(entry.epochs), entry.attempts) == ("WorkerDied", [0], 1)
+    assert (entry.ended["error_type"], sorted(entry.epochs), entry.attempts) == ("died", [0], 1)
 
 
 def test_settings_that_do_not_fit_together_are_a_failed_trial(tmp_path: Any) -> None:
     store, study = Store(str(tmp_path)), study_of()
     params = {"loss_weights.mmcl": 0.0, "loss_weights.ssl": 0.0}
-    entry = settle(store, study, Assignment("mmcl-0000", 0, "mmcl", "mmcl-aaaa", params))
+    reason = (Failure.SETTINGS, "all loss weights are 0")
+    entry = settle(store, study, Assignment("mmcl-0000", 0, "mmcl", "mmcl-aaaa", params), reason=reason)
     assert entry.ended is not None
-    assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "StudyError")
-    assert "all loss weights are 0" in entry.ended["error_message"]
+    assert (entry.ended["state"], entry.ended["error_type"]) == (State.FAILED, "settings")
+    assert entry.ended["error_message"] == "all loss weights are 0"
     assert entry.started["params"] == params
     assert trial_row(entry)["state"] == "failed"
     with pytest.raises(DataError, match="never started"):

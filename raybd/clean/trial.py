@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from raybd import checkpoint
-from raybd.assignment import Assignment, point, start_record
+from raybd import checkpoint, failures
+from raybd.assignment import Assignment, failed_record, point, start_record
 from raybd.clean import registry
-from raybd.errors import RaybdError
+from raybd.errors import StorageError, SupersededError, TrialError
 from raybd.fronts import checkpoint_name
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.model import create, load_weights
@@ -57,8 +57,11 @@ def run_trial(
 ) -> Entry:
     """Run a trial to its end, from where an earlier attempt was left, and return its ledger entry.
 
-    A failure of the trial itself is recorded with its reason and first traceback, and is no error here. A trial
-    that has ended is not run again.
+    A failure of the trial itself is recorded with its reason and traceback, and is no error here unless the trial may
+    be tried again. A trial that has ended is not run again.
+
+    Errors: TrialError where it failed and is to be tried again; StorageError, which is no failure of the trial;
+        StudyError where its settings do not fit together.
     """
     ledger = Ledger(store)
     record = start_record(study, task)
@@ -78,18 +81,16 @@ def run_trial(
             notify=notify,
         )
         ended["weight_decay_in_force"] = _clean(study, task, context, seed=record["seed"])
-    except OSError:
-        # The disk or the bucket, not the trial: it is tried again from its last epoch.
+    except (StorageError, SupersededError):
         raise
     except Exception as error:
         log.debug("trial %s failed", task.trial_id, exc_info=True)
-        store.put(f"errors/{task.trial_id}.txt", traceback.format_exc().encode())
-        message = error.what if isinstance(error, RaybdError) else str(error)
-        ended = {
-            "state": State.FAILED,
-            "error_type": type(error).__name__,
-            "error_message": message.splitlines()[0][:500] if message else type(error).__name__,
-        }
+        kind, message = failures.kind_of(error), failures.message_of(error)
+        entry = failures.note(store, task.trial_id, kind, message, trace=traceback.format_exc())
+        if not failures.is_final(entry, study.search):
+            # An error that can be read wherever it goes: the driver need not have the class of the first one.
+            raise TrialError(f"{kind}: {message}", where=task.trial_id) from None
+        ended = failed_record(entry)
     ended |= {
         "ended": datetime.now(UTC).isoformat(),
         "device_seconds": time.perf_counter() - clock,

@@ -9,18 +9,28 @@ from typing import Any
 
 from ray import tune
 from ray.tune import Callback
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.stopper import Stopper
 
 from raybd.assignment import Assignment, CarryOut, point, settle
+from raybd.cluster.faults import Faults, error_of
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.cluster.session import Share
-from raybd.errors import StudyError
+from raybd.errors import ClusterError, StudyError, TrialError
+from raybd.failures import SPOILING
 from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
-from raybd.study import Study
+from raybd.study import Failure, Study
+
+_IDLE_ROUNDS = 3  # how often a search may end with trials left and nothing done
 
 
 def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: CarryOut) -> None:
-    """Run one trial in a Ray actor, which may have run others before."""
+    """Run one trial in a Ray actor, which may have run others before.
+
+    Errors: TrialError where it failed and is to be tried again, or after a failure that may have spoilt the process;
+        whatever this raises ends the process.
+    """
     logging.getLogger().setLevel(logging.WARNING)
 
     def notify(epoch: int, record: dict[str, Any]) -> None:
@@ -30,10 +40,12 @@ def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: C
     task, found = Assignment(**config), Study.model_validate_json(study)
     try:
         entry = carry_out(found, store, task, notify)
-    except StudyError:
-        # Settings that do not fit together: it could not start, and would not the next time.
-        entry = settle(store, found, task)
+    except StudyError as error:
+        # It could not start, and would not the next time.
+        entry = settle(store, found, task, reason=(Failure.SETTINGS, error.what))
     assert entry.ended is not None
+    if entry.ended.get("error_type") in SPOILING:
+        raise TrialError("this process is not used again", where=task.trial_id)
     # A trial that failed before its first epoch must still report something: Ray takes silence for a fault of its own.
     tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0, "ended": True})
 
@@ -41,23 +53,55 @@ def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: C
 class _Watch(Callback):
     """Passes on what happens to trials. Ray pickles callbacks with its snapshots: the listeners stay behind."""
 
-    def __init__(
-        self, on_epoch: Callable[[str, int, float, float], None], on_end: Callable[[Assignment], None]
-    ) -> None:
-        self._on_epoch, self._on_end = on_epoch, on_end
+    def __init__(self, faults: Faults, on_epoch: Callable[[str, int, float, float], None]) -> None:
+        self._faults, self._on_epoch = faults, on_epoch
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._faults.started(Assignment(**trial.config), trial.temporary_state.ray_actor)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if result.get("ended") is False:
             self._on_epoch(trial.config["trial_id"], result["epoch"], result["zeroshot_top1"], result["asr_top1"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._on_end(Assignment(**trial.config))
+        self._faults.ended(Assignment(**trial.config))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._on_end(Assignment(**trial.config))
+    on_trial_error = on_trial_complete
+
+
+class _Retries(FIFOScheduler):
+    """First come, first served; of a trial that failed it is asked here whether it is over.
+
+    Ray itself tries again without end: it does not tell the death of a machine from that of a process, nor a trial
+    that gets on between two deaths from one that does not.
+    """
+
+    def __init__(self, faults: Faults) -> None:
+        super().__init__()
+        self._faults, self._seen = faults, set[str]()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if trial.trial_id not in self._seen:
+            self._seen.add(trial.trial_id)
+            return
+        if self._faults.guard(lambda: self._faults.is_over(Assignment(**trial.config), error_of(trial))):
+            tune_controller.stop_trial(trial)
+
+
+class _StopOnError(Stopper):
+    """Stops every trial where it stands once something went wrong that is no trial's fault."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._faults.error is not None
 
 
 def run_search(
@@ -76,12 +120,35 @@ def run_search(
         carry_out: what a trial does with its assignment: train, or look a recorded curve up.
         on_epoch: called with trial, epoch, accuracy and ASR (search half) as they come in.
         on_end: called with the ledger entry of each trial that ended, whatever its state.
+
+    Errors: StorageError where the run directory fails, ClusterError where Ray does; in both the trials that run are
+        left to the next call.
     """
-    searcher = LedgerSearcher(
-        study, pretrain_ids, Ledger(store).entries(Kind.TRIAL), lambda task: settle(store, study, task)
-    )
-    if not searcher.remaining:
-        return
+    idle = 0
+    while idle < _IDLE_ROUNDS:
+        entries = Ledger(store).entries(Kind.TRIAL)
+        faults = Faults(study, store, entries, on_end)
+        searcher = LedgerSearcher(study, pretrain_ids, entries, faults.settled)
+        if not searcher.remaining:
+            return
+        _search(study, store, share, carry_out, searcher, faults, on_epoch=on_epoch)
+        # Ray may end with trials left: its out-of-memory killer stops Tune, an actor that cannot be used again is
+        # dropped with its trial. The ledger knows what is left.
+        idle = 0 if faults.events else idle + 1
+    raise ClusterError("trials do not start", where="search", fix="look at Ray's logs, /tmp/ray/session_latest/logs")
+
+
+def _search(
+    study: Study,
+    store: Store,
+    share: Share,
+    carry_out: CarryOut,
+    searcher: LedgerSearcher,
+    faults: Faults,
+    *,
+    on_epoch: Callable[[str, int, float, float], None],
+) -> None:
+    """Let Tune run what is left, until it is done or an error ends it."""
     function = tune.with_parameters(_trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
@@ -89,6 +156,7 @@ def run_search(
         # Metric and mode stay out of TuneConfig: there they would silently make the search single-objective.
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=_Retries(faults),
             num_samples=searcher.remaining,
             max_concurrent_trials=share.concurrent_trials,
             reuse_actors=True,
@@ -98,8 +166,17 @@ def run_search(
             name=f"search-{uuid.uuid4().hex[:8]}",
             storage_path=share.scratch,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=study.search.retries),
-            callbacks=[_Watch(on_epoch, lambda task: on_end(settle(store, study, task)))],
+            stop=_StopOnError(faults),
+            failure_config=tune.FailureConfig(max_failures=-1),
+            callbacks=[_Watch(faults, on_epoch)],
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except Exception as error:
+        if faults.error is None:
+            faults.broke_off(error)
+    finally:
+        searcher.close()
+    if faults.error is not None:
+        raise faults.error

@@ -139,7 +139,7 @@ class LedgerSearcher(Searcher):
         study: with the space, the sampler and the number of trials.
         pretrain_ids: by pretrain objective, in the order of the study.
         entries: what the ledger has of earlier calls: ended ones are replayed, others are run first, as they were.
-        settle: returns the ended ledger entry of a trial.
+        settle: returns the ended ledger entry of a trial; None where the ledger cannot be read or written now.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class LedgerSearcher(Searcher):
         study: Study,
         pretrain_ids: Mapping[str, str],
         entries: list[Entry],
-        settle: Callable[[Assignment], Entry],
+        settle: Callable[[Assignment], Entry | None],
     ) -> None:
         super().__init__(metric=None, mode=None)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -163,6 +163,11 @@ class LedgerSearcher(Searcher):
                 self._objectives[entry.started["objective"]].taken.add(entry.started["number"])
             else:
                 self._objectives[entry.started["objective"]].replay(entry)
+
+    @property
+    def planned(self) -> int:
+        """How many trials there are in all: ended, running, and to be started."""
+        return sum(len(o.taken | set(range(o.total))) for o in self._objectives.values())
 
     @property
     def remaining(self) -> int:
@@ -199,11 +204,18 @@ class LedgerSearcher(Searcher):
         if trial_id not in self._assigned:
             return
         objective, task, trial = self._assigned.pop(trial_id)
-        values = told(self._settle(task), self._study.search.tell)
+        entry = self._settle(task)
+        values = told(entry, self._study.search.tell) if entry else None
         if values is None:
             objective.optuna.tell(trial, state=TrialState.FAIL)
         else:
             objective.optuna.tell(trial, list(values))
+
+    def close(self) -> None:
+        """Tell Optuna that what was under way when a search was broken off came to nothing."""
+        for objective, _, trial in self._assigned.values():
+            objective.optuna.tell(trial, state=TrialState.FAIL)
+        self._assigned.clear()
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the ledger is what a search goes on from."""

@@ -34,7 +34,7 @@ from raybd.study.poison import (
     Trigger,
     Warped,
 )
-from raybd.study.search import Sampler, Search, Tell
+from raybd.study.search import Failure, Sampler, Search, Tell
 from raybd.study.training import (
     TERMS,
     ImageView,
@@ -62,6 +62,7 @@ __all__ = [
     "CleanSettings",
     "Data",
     "Evaluation",
+    "Failure",
     "ImageView",
     "LabelConsistent",
     "LossWeights",
@@ -90,7 +91,14 @@ __all__ = [
 ]
 
 # They change what is done, or how, but not what it gives: they may differ between two calls on one run directory.
-FREE_SETTINGS = ("resources", "search.num_trials", "search.retries", "data.cache_dir", "data.loader_workers")
+FREE_SETTINGS = (
+    "resources",
+    "search.num_trials",
+    "search.retries",
+    "search.retry_on",
+    "data.cache_dir",
+    "data.loader_workers",
+)
 
 
 class Study(Section):

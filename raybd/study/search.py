@@ -29,6 +29,23 @@ class Tell(StrEnum):
     LAST_EPOCH = "last_epoch"
 
 
+class Failure(StrEnum):
+    """Why a trial failed: `error_type` in the table of trials."""
+
+    DIED = "died"  # its process was killed or crashed
+    HUNG = "hung"  # ended after `hang_minutes` without a finished step
+    OUT_OF_MEMORY = "out_of_memory"  # of the host or the GPU
+    NON_FINITE = "non_finite"  # its loss is not finite
+    ERROR = "error"  # any other error within it
+    SETTINGS = "settings"  # its settings do not fit together: it could not start
+
+
+def _may_pass(kind: Failure) -> Failure:
+    if kind is Failure.SETTINGS:
+        raise ValueError("settings that do not fit together never will")
+    return kind
+
+
 def _known_setting(name: str) -> str:
     if name not in searchable():
         raise ValueError(f"{name!r} is not a setting of cleaning: one of {', '.join(searchable())}")
@@ -65,7 +82,15 @@ class Search(Section):
     space: dict[Searched, Range] = Field(default_factory=dict)
     known: tuple[dict[Searched, search_space.Value], ...] = Field((), description="settings to try first")
     tell: Tell = Field(Tell.LARGEST_AREA, description="which epoch stands for a trial before Optuna")
-    retries: NonNegativeInt = Field(1, description="how often a trial whose process died is tried again")
+    retries: NonNegativeInt = Field(
+        1,
+        description="how often a trial that failed is tried again, from its last finished epoch; counted anew after "
+        "each epoch, and the death of a whole machine does not count",
+    )
+    retry_on: tuple[Annotated[Failure, AfterValidator(_may_pass)], ...] = Field(
+        (Failure.DIED, Failure.HUNG, Failure.OUT_OF_MEMORY, Failure.ERROR),
+        description="which failures are tried again: a loss that is not finite would be so again",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

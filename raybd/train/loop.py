@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raybd import checkpoint
 from raybd.data.pairs import Batch, Pairs, steps
-from raybd.errors import CheckpointError, DataError, TrialError
+from raybd.errors import CheckpointError, DataError, NonFiniteError
 from raybd.evaluate import EvaluationSet, measure
 from raybd.model import Clip, freeze_unused
 from raybd.objectives import Loss, combined
@@ -108,7 +108,7 @@ class Training:
     def run(self) -> None:
         """Train to the last epoch, from the start or from where the context says it was left.
 
-        Errors: TrialError where the loss is not finite; DataError where too many samples are broken.
+        Errors: NonFiniteError where the loss is not finite; DataError where too many samples are broken.
         """
         try:
             self._run()
@@ -165,10 +165,10 @@ class Training:
             self.clip.net.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
 
     def check_finite(self, loss: Loss) -> None:
-        """Raise TrialError where a loss is not finite: before the optimizer step that it would spoil."""
+        """Raise NonFiniteError where a loss is not finite: before the optimizer step that it would spoil."""
         if not torch.isfinite(loss.total):
             lr = float(self.optimizer.param_groups[0]["lr"])
-            raise TrialError(
+            raise NonFiniteError(
                 f"loss is {float(loss.total.detach())} at step {self.step} (epoch {self.epoch}, lr {lr:.3g})",
                 fix="lower the learning rate",
             )
