@@ -1,16 +1,20 @@
-# make demo: the demo study, end to end. make test: the tests. Both install into .venv first (about 6 GB, minutes).
+# make demo: the demo study, end to end. make test: the tests. make fuzz: 20,000 cases of bad input.
+# All of them install into .venv first (about 6 GB, minutes).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lock clean
+.PHONY: demo test fuzz check lock clean
 
 demo: $(STAMP)
 	$(BIN)/raybd demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=3600
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+# What would move the cursor of a terminal, or cannot be written to one: messages hold names from files.
+_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 class RaybdError(Exception):
     """Base of all errors that raybd raises on purpose; `str()` of it is the whole message for a user.
@@ -25,7 +31,7 @@ class RaybdError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.fix:
             lines.append(f"  to do: {self.fix}")
-        return "\n".join(lines)
+        return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.where, self.expected, self.fix))
@@ -77,3 +83,24 @@ class TrialError(RaybdError):
 
 class NonFiniteError(TrialError):
     """A loss is not finite: the same settings would lead there again."""
+
+
+class Misfit(ValueError):
+    """Settings that do not go together, for a validator to raise: the fields concerned, each with a sentence.
+
+    Args:
+        faults: (where the field is, below the section that is validated; sentence).
+    """
+
+    def __init__(self, faults: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(": ".join((*filter(None, (dotted(at),)), what)) for at, what in faults))
+
+    def below(self, section: str) -> Misfit:
+        """Return the same of the section above."""
+        return Misfit([((section, *at), what) for at, what in self.faults])
+
+
+def dotted(at: Sequence[str | int]) -> str:
+    """Return the place of a field as settings are named: `search.space.lr`."""
+    return ".".join(map(str, at))

@@ -10,8 +10,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raybd.errors import Misfit
+
 Value = float | int | str
-_MAX_GRID = 1_000_000
+_MAX_GRID = 100_000
 
 
 def _finite(value: float) -> bool:
@@ -95,7 +97,8 @@ class Range(BaseModel):
         if isinstance(value, str) or not self.low <= value <= self.high:
             return False
         place = (value - self.low) / self.step if self.step is not None else 0
-        return abs(place - round(place)) < 1e-8
+        # Of infinitely many steps there is none that a value would lie beside.
+        return not math.isfinite(place) or abs(place - round(place)) < 1e-8
 
     def active(self, params: Mapping[str, Value]) -> bool:
         """Say whether the setting takes part, given the settings drawn before it."""
@@ -110,7 +113,7 @@ Space = dict[str, Range]
 
 
 def ordered(space: Space) -> list[tuple[str, Range]]:
-    """Return the ranges, each after those that its `when` names; ValueError on an unknown one or a ring."""
+    """Return the ranges, each after those that its `when` names; Misfit on an unknown one or a ring."""
     done: dict[str, Range] = {}
     left = dict(space)
     while left:
@@ -119,19 +122,25 @@ def ordered(space: Space) -> list[tuple[str, Range]]:
             name, found = next(iter(left.items()))
             missing = sorted(set(found.when) - set(space))
             reason = f"{missing[0]!r}, which is not searched" if missing else "a setting that depends on it in turn"
-            raise ValueError(f"{name}: `when` names {reason}")
+            raise Misfit([((name,), f"`when` names {reason}")])
         for name in ready:
             done[name] = left.pop(name)
     return list(done.items())
 
 
 def grid(space: Space) -> list[dict[str, Value]]:
-    """Return every combination once, conditional settings only where active; the first setting varies slowest."""
+    """Return every combination once, conditional settings only where active; the first setting varies slowest.
+
+    Errors: Misfit where they are not finitely many, or too many.
+    """
     points: list[dict[str, Value]] = [{}]
     for name, found in ordered(space):
-        values = found.grid()
+        try:
+            values = found.grid()
+        except ValueError as error:
+            raise Misfit([((name,), str(error))]) from None
         if len(points) * len(values) > _MAX_GRID:
-            raise ValueError(f"a grid of more than {_MAX_GRID} combinations")
+            raise Misfit([((), f"a grid of more than {_MAX_GRID} combinations")])
         points = list(
             itertools.chain.from_iterable(
                 [{**point, name: value} for value in values] if found.active(point) else [point] for point in points

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Tag, ValidationError
+from pydantic import ValidationError
 
-from raybd.errors import StudyError
-from raybd.study import Study, searchable
+from raybd.errors import StudyError, dotted
+from raybd.study import Study, mistakes, searchable
 
 _MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 8
-Path_ = tuple[str | int, ...]
+_MAX_PARTS = 20  # of a dotted key
+_NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,7 +60,7 @@ def locate(study: str, *, beside: Path | None = None) -> Path:
     Errors: StudyError.
     """
     for path in (beside / study, beside / f"{study}.yaml") if beside else (Path(study),):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for a name that is too long
             return path
     known, name = shipped(), study.removesuffix(".yaml").removeprefix("search_spaces/")
     if name in known:
@@ -69,6 +70,8 @@ def locate(study: str, *, beside: Path | None = None) -> Path:
         return known[alike[0]]
     close = alike or difflib.get_close_matches(name, known, n=3)
     fix = f"did you mean {', '.join(close)}?" if close else "give the path of a YAML file, or a name such as `demo`"
+    if os.path.isdir((beside or Path()) / study):
+        raise StudyError("this is a folder, not a study file", where=study, fix=fix)
     raise StudyError("several studies of that name" if alike else "no such study file", where=study, fix=fix)
 
 
@@ -86,34 +89,42 @@ def load(study: str, *, overrides: Sequence[str] = ()) -> Study:
 
 
 def _text(path: Path) -> str:
-    if path.stat().st_size > _MAX_BYTES:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise StudyError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if len(content) > _MAX_BYTES:
         raise StudyError("larger than a study can be (1 MB)", where=str(path))
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise StudyError(f"not UTF-8 text: {error}", where=str(path)) from None
+        where = f"{path}:{content.count(10, 0, error.start) + 1}"
+        raise StudyError(f"not UTF-8 text: {error.reason}", where=where) from None
 
 
 def parse(text: str, *, source: str, overrides: Sequence[str] = ()) -> Study:
     """Check a study given as YAML text; `source` is what its errors call it. Errors: StudyError."""
-    marks: dict[Path_, str] = {}
+    marks: dict[mistakes.Place, str] = {}
     problems: list[tuple[str, str]] = []
     raw = _whole(text, source, marks, problems, ())
     for override in overrides:
         _override(raw, override, marks, problems)
+    more = 0
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(found, marks, source) for found in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        for each in found[: mistakes.MAX_SHOWN]:
+            problems += mistakes.explain(each, marks, source)
+        more = len(found[mistakes.MAX_SHOWN :])
     if problems:
-        lines = "\n".join(f"  {where}: {what}" for where, what in sorted(problems, key=_by_line))
-        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
-        raise StudyError(f"{count} in the study\n{lines}", where=source, fix="correct them and call again")
+        raise StudyError(mistakes.listed(problems, more=more), where=source, fix="correct them and call again")
     return study
 
 
 def _whole(
-    text: str, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]], below: tuple[str, ...]
+    text: str, source: str, marks: dict[mistakes.Place, str], problems: list[tuple[str, str]], below: tuple[str, ...]
 ) -> dict[str, Any]:
     """Return a study's text as data, on top of the study that its key `extends` names. Errors: StudyError.
 
@@ -141,7 +152,7 @@ def _whole(
         raise StudyError(f"extends: {name} extends this study in turn", where=where)
     if len(chain) > _MAX_DEPTH:
         raise StudyError(f"extends: more than {_MAX_DEPTH} studies on top of each other", where=where)
-    base_marks: dict[Path_, str] = {}
+    base_marks: dict[mistakes.Place, str] = {}
     base = _whole(_text(path), str(path), base_marks, problems, chain)
     _merge(base, raw, (), base_marks)
     marks |= {at: line for at, line in base_marks.items() if at not in marks}
@@ -151,7 +162,9 @@ def _whole(
 _REPLACED = {("search", "space"), ("pretrain", "objectives"), ("poison", "trigger")}
 
 
-def _merge(base: dict[str, Any], own: Mapping[str, Any], at: Path_, base_marks: dict[Path_, str]) -> None:
+def _merge(
+    base: dict[str, Any], own: Mapping[str, Any], at: mistakes.Place, base_marks: dict[mistakes.Place, str]
+) -> None:
     """Put a study's own settings on top of those that it extends, in place."""
     for key, value in own.items():
         path, before = (*at, key), base.get(key)
@@ -163,13 +176,9 @@ def _merge(base: dict[str, Any], own: Mapping[str, Any], at: Path_, base_marks: 
             del base_marks[replaced]
 
 
-def _by_line(problem: tuple[str, str]) -> tuple[str, int, str]:
-    """Sort what is said of one file together, by line; overrides come first."""
-    file, _, line = problem[0].rpartition(":")
-    return (file, int(line), problem[1]) if line.isdecimal() else ("", 0, problem[1])
-
-
-def _read(text: str, at: Path_, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]]) -> Any:
+def _read(
+    text: str, at: mistakes.Place, source: str, marks: dict[mistakes.Place, str], problems: list[tuple[str, str]]
+) -> Any:
     """Return YAML text as data, None if it is empty; see `_plain`. Errors: StudyError where it is not YAML."""
     try:
         loader = _Loader(text)
@@ -190,7 +199,12 @@ def _read(text: str, at: Path_, source: str, marks: dict[Path_, str], problems: 
 
 
 def _plain(
-    node: yaml.Node, at: Path_, loader: _Loader, source: str, marks: dict[Path_, str], problems: list[tuple[str, str]]
+    node: yaml.Node,
+    at: mistakes.Place,
+    loader: _Loader,
+    source: str,
+    marks: dict[mistakes.Place, str],
+    problems: list[tuple[str, str]],
 ) -> Any:
     """Turn a YAML node into data; note the line of each path, and each key that is given twice."""
     marks.setdefault(at, f"{source}:{node.start_mark.line + 1}")
@@ -202,7 +216,7 @@ def _plain(
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
             line = f"{source}:{key_node.start_mark.line + 1}"
             if key in found:
-                problems.append((line, f"{'.'.join(map(str, (*at, key)))}: given twice"))
+                problems.append((line, f"{dotted((*at, key))}: given twice"))
                 continue
             marks[(*at, key)] = line
             found[key] = _plain(value_node, (*at, key), loader, source, marks, problems)
@@ -210,7 +224,12 @@ def _plain(
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, (*at, i), loader, source, marks, problems) for i, child in enumerate(node.value)]
     try:
-        return loader.construct_object(node, deep=True)
+        if node.tag in _NUMBERS and ":" in node.value:
+            raise ValueError("a number to the base 60: put it in quotes")
+        value = loader.construct_object(node, deep=True)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("a whole number of more than 64 bits")
+        return value
     except (ValueError, OverflowError, LookupError, AttributeError, yaml.YAMLError) as error:
         # PyYAML lets whatever its constructors trip over through: `!!bool x` is a KeyError.
         reason = getattr(error, "problem", None) or error
@@ -218,14 +237,18 @@ def _plain(
         return None
 
 
-def _override(raw: dict[str, Any], override: str, marks: dict[Path_, str], problems: list[tuple[str, str]]) -> None:
+def _override(
+    raw: dict[str, Any], override: str, marks: dict[mistakes.Place, str], problems: list[tuple[str, str]]
+) -> None:
     """Put `dotted.key=value` into the raw study. Errors: StudyError."""
-    where = f"--set {override}"
+    where = f"--set {mistakes.cut(override)}"
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise StudyError("not of the form key=value", where=where, expected="--set data.root=/path")
     path = _split(key)
-    own_marks: dict[Path_, str] = {}
+    if len(path) > _MAX_PARTS:
+        raise StudyError("no setting has so many dots", where=where)
+    own_marks: dict[mistakes.Place, str] = {}
     own_problems: list[tuple[str, str]] = []
     try:
         value = _read(text, path, where, own_marks, own_problems)
@@ -237,7 +260,7 @@ def _override(raw: dict[str, Any], override: str, marks: dict[Path_, str], probl
             inner[part] = {}
         inner = inner[part]
         if not isinstance(inner, dict):
-            raise StudyError(f"{part!r} is not a section", where=where)
+            raise StudyError(f"{mistakes.cut(part)!r} is not a section", where=where)
     inner[path[-1]] = value
     for replaced in [known for known in marks if known[: len(path)] == path]:
         del marks[replaced]
@@ -255,99 +278,6 @@ def _split(key: str) -> tuple[str, ...]:
                 rest = key[len(head) :].strip(".")
                 return ("search", "space", name, *(rest.split(".") if rest else ()))
     return tuple(key.split("."))
-
-
-def _explain(error: Mapping[str, Any], marks: Mapping[Path_, str], source: str) -> tuple[str, str]:
-    """Turn one of pydantic's errors into (file:line, sentence)."""
-    given = tuple(part for part in error["loc"] if part != "[key]")
-    location, _ = _walk(given)
-    if error["type"] == "union_tag_invalid":
-        return _explain_tag(error, location, marks, source)
-    known = location
-    while known and known not in marks:
-        known = known[:-1]
-    # Union members that pydantic names in the path (`int`, `constrained-str`) are not fields of the file.
-    if len(known) < len(location) and error["type"] not in ("missing", "extra_forbidden"):
-        location = known or location
-    field = ".".join(str(part) for part in location)
-    kind, message, got = error["type"], error["msg"].removeprefix("Value error, "), error.get("input")
-    if kind == "extra_forbidden":
-        message = "unknown key" + _suggest(str(given[-1]), _fields(_walk(given[:-1])[1]))
-    elif kind == "missing":
-        message = "missing, and it has no default"
-    elif kind == "value_error":
-        pass
-    elif kind == "model_type":
-        message = f"takes settings, as {{key: value}}, got {got!r}"
-    elif isinstance(got, str | int | float | bool) or got is None:
-        message = f"{message[0].lower()}{message[1:]}, got {got!r}"
-    return marks.get(known, source), f"{field}: {message}" if field else message
-
-
-def _explain_tag(error: Mapping[str, Any], location: Path_, marks: Mapping[Path_, str], source: str) -> tuple[str, str]:
-    """Say that a `name` which decides what a section has is none of those that there are."""
-    known = [name.strip().strip("'") for name in error["ctx"]["expected_tags"].split(",")]
-    at = (*location, "name")
-    where = marks.get(at, marks.get(location, source))
-    return where, f"{'.'.join(map(str, at))}: no {error['ctx']['tag']!r}" + _suggest(error["ctx"]["tag"], known)
-
-
-def _suggest(given: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})" if known else ""
-
-
-def _walk(location: Path_) -> tuple[Path_, Any]:
-    """Follow a location of pydantic's through the types of a study.
-
-    Returns: the location without the members of unions that pydantic names in it, and the type that is there; None
-    where the types say nothing.
-    """
-    kind: Any = Study
-    path: list[str | int] = []
-    for part in location:
-        members = _members(kind)
-        if part in members:
-            kind = members[str(part)]
-            continue
-        path.append(part)
-        kind = _inner(kind, part)
-    return tuple(path), kind
-
-
-def _bare(kind: Any) -> Any:
-    """Return a type without annotations, and without `| None`."""
-    while get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) in (Union, UnionType):
-        left = [one for one in get_args(kind) if one is not type(None)]
-        return _bare(left[0]) if len(left) == 1 else kind
-    return kind
-
-
-def _members(kind: Any) -> dict[str, Any]:
-    """Return the members of a union that a `name` decides between, by that name."""
-    kind = _bare(kind)
-    if get_origin(kind) not in (Union, UnionType):
-        return {}
-    return {mark.tag: get_args(one)[0] for one in get_args(kind) for mark in get_args(one)[1:] if isinstance(mark, Tag)}
-
-
-def _inner(kind: Any, part: str | int) -> Any:
-    """Return the type of a field, an entry or an item."""
-    kind = _bare(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        field = kind.model_fields.get(str(part))
-        return field.annotation if field else None
-    arguments = get_args(kind)
-    if get_origin(kind) is dict:
-        return arguments[1]
-    return arguments[0] if get_origin(kind) in (tuple, list) else None
-
-
-def _fields(kind: Any) -> list[str]:
-    kind = _bare(kind)
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 def anchored(study: Study) -> Study:

@@ -161,7 +161,6 @@ def test_samples_of_every_kind_of_image(tmp_path: Path, name: str) -> None:
             image=picture(i, kind),
             caption=f"caption of {i}",
             label=i % 3,
-            class_name=f"class {i % 3}",
         )
         for i, (kind, _) in enumerate(kinds)
     ]

@@ -376,10 +376,10 @@ def test_an_import_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: p
     class_folders(tmp_path / "in", each=2)
     opened = Image.open
 
-    def stop(file: Any) -> Any:
+    def stop(file: Any, **options: Any) -> Any:
         if file.getvalue() == picture(3, "JPEG"):
             raise KeyboardInterrupt
-        return opened(file)
+        return opened(file, **options)
 
     monkeypatch.setattr(Image, "open", stop)
     with pytest.raises(KeyboardInterrupt):

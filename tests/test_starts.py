@@ -113,7 +113,7 @@ def test_a_suspect_checkpoint_is_evaluated_and_cleaned_as_it_is(
 
 
 def test_no_epochs_need_a_model_that_was_trained(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"pretrain.epochs is 0 for one: a model that nobody trained"):
+    with pytest.raises(ValueError, match=r"pretrain.epochs: 0 for one: a model that nobody trained"):
         study_of(root, {}, epochs=0)
     with pytest.raises(ValueError, match="all the same model"):
         study_of(root, {"start": "x.pt"}, epochs=0, objectives={"one": {}, "two": {}})

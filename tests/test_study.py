@@ -106,20 +106,20 @@ search:
             "search: {space: {lr: {choices: [1], low: 2}}}",
             "f.yaml:3: search.space.lr: choices stand alone: leave out low, high, log and step",
         ),
-        ("search: {space: {epochs: {low: 1.5, high: 3}}}", "f.yaml:3: search: space.epochs: takes whole numbers"),
-        ("search: {space: {lr: {choices: [fast]}}}", "f.yaml:3: search: space.lr: takes numbers"),
+        ("search: {space: {epochs: {low: 1.5, high: 3}}}", "f.yaml:3: search.space.epochs: takes whole numbers"),
+        ("search: {space: {lr: {choices: [fast]}}}", "f.yaml:3: search.space.lr: takes numbers"),
         (
             "search: {space: {image_view: {low: 1, high: 2}}}",
-            "f.yaml:3: search: space.image_view: takes names, give them as choices",
+            "f.yaml:3: search.space.image_view: takes names, give them as choices",
         ),
-        ("search: {known: [{lr: 1.0}]}", "f.yaml:3: search: known[0]: lr is not in the space"),
+        ("search: {known: [{lr: 1.0}]}", "f.yaml:3: search.known.0.lr: is not in the space"),
         (
             "search: {sampler: grid, space: {lr: {low: 0.1, high: 1.0}}}",
-            "f.yaml:3: search: a grid needs choices, or low and high with step",
+            "f.yaml:3: search.space.lr: a grid needs choices, or low and high with step",
         ),
         (
             "search: {space: {lr: {low: 0.1, high: 1.0, when: {eps: 1.0}}}}",
-            "f.yaml:3: search: lr: `when` names 'eps', which is not searched",
+            "f.yaml:3: search.space.lr: `when` names 'eps', which is not searched",
         ),
         ("seed: 2024-13-45", "f.yaml:3: cannot read the value: month must be in 1..12"),
     ],
@@ -188,7 +188,7 @@ def test_aliases_may_repeat_values_but_not_explode() -> None:
 )
 def test_values_that_pyyaml_trips_over_are_mistakes_with_a_line(value: str) -> None:
     assert mistakes(f"{BASE}seed: {value}\n")[0].startswith("f.yaml:3: cannot read the value: ")
-    assert mistakes(BASE, f"seed={value}")[0].startswith(f"--set seed={value}: ")
+    assert mistakes(BASE, f"seed={value}")[0].startswith(f"--set seed={value[:90]}")
 
 
 # --- values
@@ -271,7 +271,8 @@ def test_overrides_of_a_bad_form(override: str) -> None:
     ],
 )
 def test_overrides_that_cannot_be_put_in(override: str, what: str) -> None:
-    assert refusal(BASE, override) == f"--set {override}: {what}"
+    shown = override if len(override) <= 100 else f"{override[:100]}…"
+    assert refusal(BASE, override) == f"--set {shown}: {what}"
 
 
 def test_mistakes_of_overrides_are_at_the_override() -> None:
@@ -298,7 +299,7 @@ def test_mistakes_of_overrides_are_at_the_override() -> None:
 def test_files_that_cannot_be_studies(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     cases = {
-        b"name: caf\xe9\n": f"{path}: not UTF-8 text",
+        b"name: caf\xe9\n": f"{path}:1: not UTF-8 text",
         b"#" * 1_000_001: f"{path}: larger than a study can be (1 MB)",
         b"name: 'x\n": f"{path}:2: not valid YAML",
         b"": f"{path}: 2 mistakes in the study\n  {path}: name: missing",
@@ -316,7 +317,7 @@ def test_names_of_shipped_studies_are_found_and_others_are_not(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     assert study_file.locate("demo").read_bytes() == (ROOT / "search_spaces" / "demo.yaml").read_bytes()
     assert study_file.locate("demo.yaml") == study_file.locate("demo")
-    for wrong in ("nothing", "elsewhere/demo", "demo.yml", str(tmp_path)):
+    for wrong in ("nothing", "elsewhere/demo", "demo.yml"):
         with pytest.raises(StudyError, match="no such study file") as caught:
             study_file.locate(wrong)
         assert caught.value.where == wrong
@@ -500,8 +501,8 @@ def test_grids_of_one_range() -> None:
     for endless, message in (
         (Range(low=0.0, high=1.0), "a grid needs choices, or low and high with step"),
         (Range(low=1, high=8, log=True), "a grid needs choices instead of a log range"),
-        (Range(low=0.0, high=1.0, step=1e-9), "a grid of more than 1000000 values"),
-        (Range(low=0, high=1e308, step=1e-10), "a grid of more than 1000000 values"),
+        (Range(low=0.0, high=1.0, step=1e-9), "a grid of more than 100000 values"),
+        (Range(low=0, high=1e308, step=1e-10), "a grid of more than 100000 values"),
     ):
         with pytest.raises(ValueError, match=message):
             endless.grid()
@@ -535,7 +536,7 @@ def test_grid_has_every_combination_once_and_conditional_settings_only_where_act
         *({"view": "b", "lr": lr, "ssl": ssl} for lr in (1, 2) for ssl in (1, 2, 3)),
     ]
     assert space.grid({}) == [{}]
-    with pytest.raises(ValueError, match="a grid of more than 1000000 combinations"):
+    with pytest.raises(ValueError, match="a grid of more than 100000 combinations"):
         space.grid({f"s{i}": Range(low=1, high=100) for i in range(4)})
 
 

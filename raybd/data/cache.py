@@ -26,6 +26,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from raybd.data import limits
 from raybd.data.shards import NO_LABEL, Index, RawSample, Skipped, array_of_tuples, decode, make_index, samples
 from raybd.errors import DataError
 from raybd.provenance import digest
@@ -173,12 +174,14 @@ def _wanted(shards: Sequence[str], keys: Collection[str] | None) -> Iterator[tup
 
 
 def _chunks(found: Iterable[tuple[int, RawSample]]) -> Iterator[list[tuple[int, RawSample]]]:
-    chunk = []
+    """Yield samples in groups that are decoded at once: not too many, and not too many bytes."""
+    chunk, held = [], 0
     for pair in found:
         chunk.append(pair)
-        if len(chunk) == _CHUNK:
+        held += len(pair[1].image)
+        if len(chunk) == _CHUNK or held > limits.MAX_IMAGE_BYTES:
             yield chunk
-            chunk = []
+            chunk, held = [], 0
     if chunk:
         yield chunk
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from raybd.data import shard_writer
+from raybd.data import limits, shard_writer
 from raybd.data.shard_writer import SPLITS, Imported, Sample, Skipped
 from raybd.errors import DataError, StudyError
 from raybd.seeding import share
@@ -162,7 +162,7 @@ def _checked(
             "shards are written to a local folder", where=os.fspath(out), fix="import, then copy them there"
         )
     path = Path(out).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
         raise DataError("it exists and is not empty", where=str(path), fix="name a new folder, or remove this one")
     return path
 
@@ -236,7 +236,11 @@ def _lines(table: Path) -> Iterator[str]:
     """Yield a table's lines. Errors: DataError with the line that is not UTF-8."""
     try:
         with open(table, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(limits.MAX_TEXT_BYTES + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > limits.MAX_TEXT_BYTES:
+                    what = f"a line of more than {limits.MAX_TEXT_BYTES} bytes"
+                    raise DataError(what, where=f"{table}:{number}", expected="a CSV or TSV file")
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -251,11 +255,15 @@ def _rows(table: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
     lines = _lines(table)
     head = next(lines, "")
     delimiter = "\t" if "\t" in head else ","
-    header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+    try:
+        header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+    except csv.Error as error:
+        raise DataError(str(error), where=f"{table}:1", expected="a header: names of columns") from None
     for name in columns:
         if header.count(name) != 1:
             what = f"{'no' if name not in header else 'more than one'} column {name!r}"
-            raise DataError(what, where=f"{table}:1", expected=f"one of the columns {', '.join(header) or '(none)'}")
+            known = ", ".join(header)[:1000] or "(none)"
+            raise DataError(what, where=f"{table}:1", expected=f"one of the columns {known}")
     at = [header.index(name) for name in columns]
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from raybd.data import limits
 from raybd.errors import StudyError
 
 Template = Callable[[str], str]
@@ -81,7 +82,9 @@ def templates(named: str | Sequence[str], *, field: str) -> list[Template]:
         return _named(named)
     for text in named:
         if text.count("{}") != 1:
-            raise StudyError(f"{text!r} must have exactly one {{}}", where=field, expected="a photo of a {}.")
+            raise StudyError(f"{text[:80]!r} must have exactly one {{}}", where=field, expected="a photo of a {}.")
+        if len(text) > limits.MAX_CAPTION:
+            raise StudyError(f"a template of {len(text)} characters", where=field, expected=f"{limits.MAX_CAPTION}")
     if not named:
         raise StudyError("no template given", where=field)
     return [partial(text.replace, "{}") for text in named]

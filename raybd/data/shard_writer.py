@@ -25,12 +25,15 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from raybd.data import limits
 from raybd.errors import DataError
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
 COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte; MPO: JPEG from some phones
+# Other decoders of Pillow's run programs, or are seldom looked at.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PNG_MODES = frozenset({"1", "L", "LA", "RGB", "RGBA", "I;16"})
 
 
@@ -72,9 +75,17 @@ def png(image: Image.Image) -> bytes:
 
 
 def _encoded(image: Path | bytes) -> tuple[str, bytes]:
-    """Return suffix and bytes of an image that decodes to the end: as it is, or as PNG where shards lack its format."""
+    """Return suffix and bytes of an image that decodes to the end: as it is, or as PNG where shards lack its format.
+
+    Errors: ValueError where shards cannot hold it, and whatever decoders of damaged files happen to raise.
+    """
+    size = len(image) if isinstance(image, bytes) else image.stat().st_size
+    if size > limits.MAX_IMAGE_BYTES:
+        raise ValueError(f"{size} bytes, at most {limits.MAX_IMAGE_BYTES} expected")
     content = image if isinstance(image, bytes) else image.read_bytes()
-    with Image.open(io.BytesIO(content)) as opened:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        if opened.width * opened.height > limits.MAX_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height} pixels, at most {limits.MAX_PIXELS} expected")
         opened.load()
         suffix = COPIED.get(opened.format or "")
         return (suffix, content) if suffix else ("png", png(opened))
@@ -84,6 +95,8 @@ def _members(samples: Iterable[Sample], classes: list[str], skipped: list[Skippe
     """Yield the samples that decode with their files by suffix; add the others to `skipped`."""
     for sample in samples:
         try:
+            if problem := limits.caption_problem(sample.caption):
+                raise ValueError(problem)
             suffix, content = _encoded(sample.image)
         except Exception as error:  # decoders of damaged files raise whatever they happen to
             unknown = isinstance(error, UnidentifiedImageError)  # its text holds an address: other bytes at each run

@@ -15,23 +15,20 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import fsspec
 import numpy as np
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys
 
-from raybd.data import class_names
+from raybd.data import archive, braces, class_names, limits
 from raybd.errors import DataError
 from raybd.study import Data
 from raybd.study_file import embedded
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 NO_LABEL = "no label"
-_MAX_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ class RawSample:
     image: bytes
     caption: str
     label: int
-    class_name: str
     problem: str = ""
     captions: tuple[str, ...] = ()
 
@@ -116,15 +112,11 @@ def find_shards(data: Data, patterns: str | Sequence[str], *, field_name: str) -
     found: list[str] = []
     missing: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        try:
-            names = list(braceexpand(pattern))
-        except ValueError as error:
-            raise DataError(f"not a brace list: {error}", where=field_name, expected="train-{000..009}.tar") from None
-        for name in names:
+        for name in braces.expand(pattern, field_name=field_name):
             url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
             filesystem, path = _filesystem(url, field_name)
             if any(mark in name for mark in "*?["):
-                matched = sorted(str(match) for match in filesystem.glob(path))
+                matched = _matched(filesystem, path, field_name)
                 found += [filesystem.unstrip_protocol(match) if "://" in url else match for match in matched]
                 missing += [] if matched else [url]
             elif filesystem.exists(path):
@@ -141,34 +133,18 @@ def find_shards(data: Data, patterns: str | Sequence[str], *, field_name: str) -
     return list(dict.fromkeys(found))
 
 
+def _matched(filesystem: Any, path: str, field_name: str) -> list[str]:
+    try:
+        return sorted(str(match) for match in filesystem.glob(path))
+    except (ValueError, re.error) as error:
+        raise DataError(f"not a glob: {path}: {error}", where=field_name, expected="train/*.tar") from None
+
+
 def _filesystem(url: str, field_name: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise DataError(f"cannot open {url}: {error}", where=field_name) from None
-
-
-class _Header(tarfile.TarInfo):
-    """A header that must be whole: tarfile takes a shard that is cut off between two files for a complete one."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                raise  # the mark at the end of every shard
-            raise tarfile.ReadError(f"cut off or damaged: {error}") from None
-
-
-def _files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
-    """Yield the files of a shard, compressed or not, as webdataset's `tar_file_expander` does."""
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isreg() else None
-            if content is not None and not re.match(r"__[^/]*__($|/)", member.name):
-                yield {"fname": member.name, "data": content.read(), "__url__": url}
-            tar.members = []  # type: ignore[attr-defined] # they would be kept in memory
 
 
 def samples(url: str) -> Iterator[RawSample]:
@@ -178,42 +154,42 @@ def samples(url: str) -> Iterator[RawSample]:
     """
     try:
         with fsspec.open(url, "rb") as stream:
-            for row, sample in enumerate(group_by_keys(_files(stream, url))):
+            for row, sample in enumerate(group_by_keys(archive.files(stream, url))):
                 yield _raw(sample, row)
     except FileNotFoundError:
         raise DataError("no such shard", where=url) from None
-    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, TypeError) as error:
+    # RecursionError: each header that is written as a file is read within the reading of the one before.
+    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, TypeError, RecursionError) as error:
         reason = str(error.args[0]) if error.args else type(error).__name__
         raise DataError(f"shard cannot be read: {reason}", where=url, fix="fetch or write it again") from None
 
 
 def _raw(sample: dict[str, Any], row: int) -> RawSample:
-    problem, caption = "", ""
+    caption, image = "", b""
     meta: Any = {}
-    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), b"")
-    try:
-        caption = sample["txt"].decode("utf-8").strip() if "txt" in sample else ""
-        meta = json.loads(sample["json"]) if "json" in sample else {}
-    except (ValueError, RecursionError) as error:
-        problem = f"caption or json unreadable: {error}"
+    problem = next((str(content) for content in sample.values() if isinstance(content, archive.Unusable)), "")
+    if not problem:
+        image = next((sample[suffix] for suffix in archive.IMAGES if suffix in sample), b"")
+        try:
+            caption = sample["txt"].decode("utf-8").strip() if "txt" in sample else ""
+            meta = json.loads(sample["json"]) if "json" in sample else {}
+        except (ValueError, RecursionError) as error:
+            problem = f"caption or json unreadable: {error}"
     if not isinstance(meta, dict):
         problem, meta = "json is not an object", {}
     label, listed = meta.get("label"), meta.get("captions")
     texts = [text.strip() for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
     captions = tuple(text for text in texts if text)
     if not caption and isinstance(meta.get("caption"), str):
-        caption = meta["caption"]
+        caption = meta["caption"].strip()
     caption = caption or (captions[0] if captions else "")
-    if not problem:
-        problem = "no image" if not image else "no caption" if not caption else ""
     return RawSample(
         key=sample["__key__"].encode(errors="backslashreplace").decode(),
         row=row,
         image=image,
         caption=caption,
         label=label if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 2**63 else -1,
-        class_name=str(meta.get("class_name", "")),
-        problem=problem,
+        problem=problem or ("" if image else "no image") or limits.caption_problem(caption, *captions),
         captions=captions,
     )
 
@@ -223,8 +199,8 @@ class _TooLarge(ValueError):
 
 
 def _refuse_larger(width: int, height: int) -> None:
-    if width * height > _MAX_PIXELS:
-        raise _TooLarge(f"image too large: {width}x{height} pixels, at most {_MAX_PIXELS} expected")
+    if width * height > limits.MAX_PIXELS:
+        raise _TooLarge(f"image too large: {width}x{height} pixels, at most {limits.MAX_PIXELS} expected")
 
 
 def decode(content: bytes, size: int) -> NDArray[np.uint8]:
@@ -329,10 +305,32 @@ def classes(data: Data) -> list[str]:
     if name in class_names.NAMES:
         return class_names.named(name)
     url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
+    content = _class_file(url)
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", where=url) from None
+    shape = '[{"label": 0, "class_name": "…"}, …]'
+    if not isinstance(found, list):
+        raise DataError("not a list of classes", where=url, expected=shape)
+    by_label: dict[int, str] = {}
+    for place, entry in enumerate(found):
+        label, known = (entry.get("label"), entry.get("class_name")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(label, int) or isinstance(label, bool) or not isinstance(known, str | int):
+            raise DataError(f"not a list of classes: entry {place}", where=url, expected=shape)
+        if problem := limits.caption_problem(str(known).strip()):
+            raise DataError(f"entry {place}: {problem.replace('caption', 'class name')}", where=url)
+        by_label[label] = str(known)
+    if not found or sorted(by_label) != list(range(len(found))):
+        raise DataError("labels must be 0, 1, 2, … each once", where=url)
+    return [by_label[label] for label in range(len(by_label))]
+
+
+def _class_file(url: str) -> bytes:
     filesystem, path = _filesystem(url, "data.classes")
     try:
         with filesystem.open(path, "rb") as file:
-            found = json.load(file)
+            content: bytes = file.read(limits.MAX_CLASS_FILE_BYTES + 1)
     except FileNotFoundError:
         raise DataError(
             "no such class file",
@@ -340,15 +338,11 @@ def classes(data: Data) -> list[str]:
             expected=f"a JSON file, or one of {', '.join(class_names.NAMES)}",
             fix="set data.root or data.classes",
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"not JSON: {error}", where=url) from None
-    try:
-        by_label = {int(entry["label"]): str(entry["class_name"]) for entry in found}
-    except (TypeError, KeyError, ValueError):
-        raise DataError("not a list of classes", where=url, expected='[{"label": 0, "class_name": "…"}, …]') from None
-    if sorted(by_label) != list(range(len(by_label))) or len(by_label) != len(found):
-        raise DataError("labels must be 0, 1, 2, … each once", where=url)
-    return [by_label[label] for label in range(len(by_label))]
+    except (OSError, ValueError) as error:
+        raise DataError(f"class file cannot be read: {error}", where=url) from None
+    if len(content) > limits.MAX_CLASS_FILE_BYTES:
+        raise DataError(f"larger than a class file can be ({limits.MAX_CLASS_FILE_BYTES >> 20} MiB)", where=url)
+    return content
 
 
 def target_label(data: Data, target_class: str, *, where: str = "poison.target_class") -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, NonNegativeInt, model_validator
 
+from raybd.errors import Misfit
 from raybd.provenance import digest
 from raybd.study import agreement
 from raybd.study.base import Section, plain_name
@@ -118,19 +119,18 @@ class Study(Section):
     @model_validator(mode="after")
     def _methods_agree(self) -> Self:
         if faults := list(agreement.faults(self.clean, self.search.space)):
-            raise ValueError("; ".join(faults))
+            raise Misfit(faults)
         return self
 
     @model_validator(mode="after")
     def _something_to_clean(self) -> Self:
         untrained = [name for name in self.pretrain.objectives if self.pretrain.settings(name).epochs == 0]
         if untrained and not self.model.trained:
-            raise ValueError(
-                f"pretrain.epochs is 0 for {', '.join(untrained)}: a model that nobody trained; "
-                "give model.start or model.pretrained, or train"
-            )
+            what = f"0 for {', '.join(untrained)}: a model that nobody trained"
+            raise Misfit([(("pretrain", "epochs"), f"{what}; give model.start or model.pretrained, or train")])
         if len(untrained) > 1:
-            raise ValueError(f"pretrain.epochs is 0 for {', '.join(untrained)}: all the same model; name one of them")
+            what = f"0 for {', '.join(untrained)}: all the same model; name one of them"
+            raise Misfit([(("pretrain", "epochs"), what)])
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -38,27 +38,34 @@ def _drawn_for(name: str, space: Mapping[str, Range], possible: frozenset[Method
     return possible
 
 
-def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
-    """Yield a sentence for each setting, searched or given, that methods would ignore or cannot do without.
+Fault = tuple[tuple[str, ...], str]
+
+
+def faults(clean: Clean, space: Mapping[str, Range]) -> Iterator[Fault]:
+    """Yield each setting, searched or given, that methods would ignore or cannot do without: where it is, a sentence.
 
     Without this a trial's record would show values that changed nothing, and a sampler would learn from them.
     """
     yield from _unmet(clean, space)
     possible = methods(clean, space)
     if all(any(values(clean, space, name)) for name in ("leaked_poison", "leaked_share")):
-        yield "leaked_poison and leaked_share: a trial may have one of the two, set the other to 0"
+        yield _at("leaked_share", space), "a trial may have this or leaked_poison, set the other to 0"
     for name in space:
         idle = _drawn_for(name, space, possible) - users(name)
         if idle:
-            yield (
-                f"space.{name}: has no effect on {_list(idle)}, only on {_list(users(name))}: "
-                f"{_fix(possible & users(name))}"
-            )
+            effect = f"has no effect on {_list(idle)}, only on {_list(users(name))}"
+            yield ("search", "space", name), f"{effect}: {_fix(possible & users(name))}"
     for section, field in CleanSettings.model_fields.items():
         given = getattr(clean, section)
         # What every training has may be given for a method without steps: nobody takes it for a difference.
         if section not in OF_STEPS and given != field.default and not possible & users(section):
-            yield f"clean.{section}: has no effect on {_list(possible)}, only on {_list(users(section))}: remove it"
+            effect = f"has no effect on {_list(possible)}, only on {_list(users(section))}"
+            yield ("clean", section), f"{effect}: remove it"
+
+
+def _at(name: str, space: Mapping[str, Range]) -> tuple[str, ...]:
+    """Return where a setting of cleaning is given."""
+    return ("search", "space", name) if name in space else ("clean", *name.split("."))
 
 
 def values(clean: Clean, space: Mapping[str, Range], name: str) -> list[Value]:
@@ -81,16 +88,17 @@ def cleaning_sets(clean: Clean, space: Mapping[str, Range]) -> list[CleanSetting
     return [clean.settings(dict(zip(names, point, strict=True))) for point in product(*ends)]
 
 
-def _unmet(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
+def _unmet(clean: Clean, space: Mapping[str, Range]) -> Iterator[Fault]:
     possible = methods(clean, space)
     blind = possible & _LEARN_IMAGES
     searched = any(name.startswith("loss_weights.") for name in space)
     if blind and not searched and not clean.loss_weights.uses_images:
-        yield f"clean.loss_weights: {_list(blind)} would learn nothing: no weight is on a term that uses images"
+        yield ("clean", "loss_weights"), f"{_list(blind)} would learn nothing: no weight is on a term that uses images"
     if Method.PSEUDO_LABELS in possible:
         for leaf in ("model", "checkpoint"):
             if not getattr(clean.pseudo_labels, leaf) and f"pseudo_labels.{leaf}" not in space:
-                yield f"clean.pseudo_labels.{leaf}: missing: pseudo_labels needs another model to label the images"
+                at = ("clean", "pseudo_labels", leaf)
+                yield at, "missing: pseudo_labels needs another model to label the images"
     if Method.DEEP_CLUSTERING in possible:
         name = "deep_clustering.clusters"
         found = values(clean, space, name)
@@ -100,7 +108,7 @@ def _unmet(clean: Clean, space: Mapping[str, Range]) -> Iterator[str]:
         most = max(found, key=float)
         pairs = min(values(clean, space, "num_samples"), key=float)
         if float(most) > float(pairs):
-            yield f"clean.deep_clustering.clusters: {most} clusters of {pairs} cleaning pairs"
+            yield _at(name, space), f"{most} clusters of {pairs} cleaning pairs"
 
 
 def _fix(left: frozenset[Method]) -> str:

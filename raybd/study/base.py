@@ -18,7 +18,9 @@ class Section(BaseModel):
 
 
 def plain_name(name: str) -> str:
-    """Return a name of letters, digits and _; ValueError on another."""
+    """Return a name of letters, digits and _, which may be part of a file's; ValueError on another."""
+    if len(name) > 100:
+        raise ValueError(f"a name of {len(name)} characters: at most 100")
     if not name or not name.replace("_", "").isalnum() or not name.isascii():
         raise ValueError(f"{name!r} must be letters, digits and _")
     return name

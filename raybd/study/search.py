@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from raybd import space as search_space
+from raybd.errors import Misfit
 from raybd.space import Range
 from raybd.study.base import Section
 from raybd.study.cleaning import Clean, searchable
@@ -55,21 +56,22 @@ def _known_setting(name: str) -> str:
 Searched = Annotated[str, AfterValidator(_known_setting)]
 
 
-def _check_range(name: str, found: Range) -> None:
-    """Raise ValueError where a searched setting could not have the values that its range has."""
+def _range_fault(name: str, found: Range) -> str:
+    """Return why a searched setting cannot have the values that its range has, "" if it can."""
     kind = searchable()[name]
     values = [v for v in (found.low, found.high, *(found.choices or ())) if v is not None]
     if kind is int and any(not isinstance(v, int) for v in (*values, found.step or 1)):
-        raise ValueError(f"space.{name}: takes whole numbers")
+        return "takes whole numbers"
     if kind is float and any(isinstance(v, str) for v in values):
-        raise ValueError(f"space.{name}: takes numbers")
+        return "takes numbers"
     if kind is str and found.choices is None:
-        raise ValueError(f"space.{name}: takes names, give them as choices")
+        return "takes names, give them as choices"
     for value in values:
         try:
             Clean().settings({name: value})
         except ValidationError as error:
-            raise ValueError(f"space.{name}: cannot be {value}: {error.errors()[0]['msg']}") from None
+            return f"cannot be {value}: {error.errors()[0]['msg']}"
+    return ""
 
 
 class Search(Section):
@@ -94,17 +96,24 @@ class Search(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        search_space.ordered(self.space)
-        for name, found in self.space.items():
-            _check_range(name, found)
-        if self.sampler is Sampler.GRID:
-            search_space.grid(self.space)
+        try:
+            search_space.ordered(self.space)
+            if self.sampler is Sampler.GRID:
+                search_space.grid(self.space)
+        except Misfit as error:
+            raise error.below("space") from None
+        faults: list[tuple[tuple[str | int, ...], str]] = [
+            (("space", name), fault) for name, found in self.space.items() if (fault := _range_fault(name, found))
+        ]
         for i, point in enumerate(self.known):
             for name, value in point.items():
                 if name not in self.space:
-                    raise ValueError(f"known[{i}]: {name} is not in the space")
+                    faults.append((("known", i, name), "is not in the space"))
+                    continue
                 found = self.space[name]
                 whole = searchable()[name] is not int or isinstance(value, int)
                 if not (whole and found.contains(value)):
-                    raise ValueError(f"known[{i}]: {name} cannot be {value}: {search_space.describe(found)}")
+                    faults.append((("known", i, name), f"cannot be {value}: {search_space.describe(found)}"))
+        if faults:
+            raise Misfit(faults)
         return self
