@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raybd.cli_data import data_app
+from raybd.cli_echo import echo, log_to_screen
 from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
 from raybd.errors import RaybdError, StudyError
 
@@ -238,7 +239,7 @@ def validate(study: StudyArgument, set_: SetOption = None) -> None:
 
     found = study_file.load(study, overrides=set_ or [])
     trials = found.search.num_trials * len(found.pretrain.objectives)
-    typer.echo(f"{study}: fine ({len(found.pretrain.objectives)} pretrain objectives, {trials} trials)")
+    echo(f"{study}: fine ({len(found.pretrain.objectives)} pretrain objectives, {trials} trials)")
 
 
 @app.command()
@@ -261,15 +262,15 @@ def pareto(
         if not run.fronts:
             raise RaybdError("no trial has ended yet", where=run.name, fix="let `raybd run` go on")
     if format_ is Format.CSV:
-        typer.echo(text.as_csv({run.name: run.fronts for run in read}), nl=False)
+        echo(text.as_csv({run.name: run.fronts for run in read}), nl=False)
         return
     found = analysis.analyse(read)
     if format_ is Format.JSON:
-        typer.echo(text.as_json(found))
+        echo(text.as_json(found))
         return
     for run, measured in zip(read, found["runs"], strict=True):
         if len(read) > 1:
-            typer.echo(f"run {run.name}\n")
+            echo(f"run {run.name}\n")
         _print_fronts(run, kind=kind)
         _print_tables(map(text.rendered, grids.of_run(measured, run.trials)))
     _print_tables(map(text.rendered, grids.between(found)))
@@ -309,14 +310,14 @@ def evaluate(
         rows = evaluations.evaluate_file(model, request, study=study, model=name)
     else:
         rows = evaluations.evaluate_run(
-            Store(model), request, chosen=point or (), notify=lambda text: typer.echo(text, err=True)
+            Store(model), request, chosen=point or (), notify=lambda text: echo(text, err=True)
         )
     from raybd.report import evaluations as shown
 
     if format_ is Format.JSON:
-        typer.echo(shown.as_json(rows))
+        echo(shown.as_json(rows))
     elif format_ is Format.CSV:
-        typer.echo(shown.as_csv(rows), nl=False)
+        echo(shown.as_csv(rows), nl=False)
     else:
         _print_tables(shown.evaluation_tables(rows))
 
@@ -329,7 +330,7 @@ def report(run: RunArgument) -> None:
 
     store = Store(run)
     _require_run(store)
-    typer.echo(html.write(store))
+    echo(html.write(store))
 
 
 @app.command()
@@ -346,17 +347,17 @@ def status(run: RunArgument) -> None:
     for entry in ledger.entries(Kind.PRETRAIN):
         planned = entry.started["settings"]["epochs"]
         where = "done" if entry.ended else "running or interrupted"
-        typer.echo(f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}")
+        echo(f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}")
     trials = ledger.entries(Kind.TRIAL)
     states = Counter(str(e.ended["state"]) if e.ended else "running or interrupted" for e in trials)
-    typer.echo("trials: " + (", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"))
+    echo("trials: " + (", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"))
     reasons = Counter(
         f"{e.ended['error_type']}: {e.ended['error_message']}"
         for e in trials
         if e.ended and e.ended["state"] == State.FAILED
     )
     for reason, count in reasons.most_common(3):
-        typer.echo(f"  {count} x {reason}")
+        echo(f"  {count} x {reason}")
 
 
 def _require_run(store: object) -> None:
@@ -369,8 +370,9 @@ def _require_run(store: object) -> None:
 
 def main() -> None:
     """Run the command line; an error that raybd foresaw is printed without a traceback."""
+    log_to_screen()
     try:
         app()
     except RaybdError as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from raybd.cli_echo import echo
 from raybd.errors import StudyError
 
 data_app = typer.Typer(
@@ -21,12 +22,12 @@ def _print_imported(imported: object) -> None:
 
     assert isinstance(imported, Imported)
     counts = ", ".join(f"{number} {split}" for split, number in imported.samples.items())
-    typer.echo(f"{imported.out}: {counts} samples, {len(imported.classes)} classes")
+    echo(f"{imported.out}: {counts} samples, {len(imported.classes)} classes")
     for skip in imported.skipped[:10]:
-        typer.echo(f"  skipped {skip.source}: {skip.why}")
+        echo(f"  skipped {skip.source}: {skip.why}")
     if len(imported.skipped) > 10:
-        typer.echo(f"  … {len(imported.skipped)} skipped in all")
-    typer.echo(f"use it: raybd run STUDY --set data.root={imported.out}")
+        echo(f"  … {len(imported.skipped)} skipped in all")
+    echo(f"use it: raybd run STUDY --set data.root={imported.out}")
 
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the shards")]
@@ -112,12 +113,12 @@ def import_sweep(
             raise StudyError("not of the form COLUMN=VALUE", where=f"--only {given}")
         wanted[column] = value
     curves = read_sweep(str(table), out, only=wanted, baseline=str(baseline) if baseline else None)
-    typer.echo(f"{out}: {len(curves)} runs, {sum(len(curve.epochs) for curve in curves)} points")
+    echo(f"{out}: {len(curves)} runs, {sum(len(curve.epochs) for curve in curves)} points")
     for found in fronts.summarise(tables.read(Store(out), "fronts").to_pylist()):
         if found["kind"] == "any_epoch":
-            typer.echo(
+            echo(
                 f"  {found['objective']} cleaned by {found['method']}: front of {len(found['front'])} points, "
                 f"hypervolume {found['hypervolume']:.4f}"
             )
-    typer.echo(f"fronts: raybd pareto {out}\nreport: raybd report {out}")
-    typer.echo(f"replay: raybd replay STUDY --on {out.rstrip('/')}/sweep.parquet")
+    echo(f"fronts: raybd pareto {out}\nreport: raybd report {out}")
+    echo(f"replay: raybd replay STUDY --on {out.rstrip('/')}/sweep.parquet")

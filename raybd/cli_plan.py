@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from raybd import study_file
+from raybd.cli_echo import echo
 
 
 class PlanFormat(StrEnum):
@@ -39,14 +40,14 @@ def print_plan(
     speed = planning.speed(found, tflops=tflops, probe=probe)
     plan = planning.make(found, speed=speed, search=search).as_dict()
     if format_ is PlanFormat.JSON:
-        typer.echo(json.dumps(plan, indent=1))
+        echo(json.dumps(plan, indent=1))
         return
     from rich.console import Console
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     console.print(planned.table(plan))
     for line in planned.lines(plan, gpu_wanted=found.resources.use_gpu is True):
-        typer.echo(line)
+        echo(line)
 
 
 def studies(
@@ -55,8 +56,8 @@ def studies(
     """List the studies that come along, each with the first line of its file."""
     found = study_file.descriptions()
     if format_ is PlanFormat.JSON:
-        typer.echo(json.dumps(found, indent=1))
+        echo(json.dumps(found, indent=1))
         return
     width = max(map(len, found), default=0)
     for name, text in found.items():
-        typer.echo(f"{name:<{width}}  {text}")
+        echo(f"{name:<{width}}  {text}")

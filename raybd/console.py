@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import threading
 import time
@@ -13,9 +12,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.status import Status
+from rich.text import Text
 
+from raybd.cli_echo import log_to_screen
 from raybd.errors import DataError
 from raybd.ledger import Entry, Kind, Ledger
+from raybd.plain import plain
 from raybd.records import pretrain_rows, trial_row
 from raybd.store import Store
 
@@ -39,17 +41,15 @@ class View:
         self.console = Console(highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
         self._status: Status | None = None
         self._started = time.monotonic()
-        handler: logging.Handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         if sys.stderr.isatty():
-            handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-        logger = logging.getLogger("raybd")
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.WARNING)
+            screen = Console(stderr=True, emoji=False)
+            log_to_screen(RichHandler(console=screen, show_time=False, show_path=False), form="%(message)s")
+        else:
+            log_to_screen()
 
     def line(self, text: str, *, style: str | None = None) -> None:
         """Print one line."""
-        self.console.print(text, style=style, markup=False)
+        self.console.print(Text(plain(text)), style=style)
 
     def stage(self, name: str) -> None:
         """Begin a stage."""
@@ -65,7 +65,7 @@ class View:
         if not self.console.is_terminal:
             yield
             return
-        with self.console.status(text) as self._status:
+        with self.console.status(Text(plain(text))) as self._status:
             try:
                 yield
             finally:
@@ -74,7 +74,7 @@ class View:
     def update(self, text: str) -> None:
         """Change the live line."""
         if self._status is not None:
-            self._status.update(text)
+            self._status.update(Text(plain(text)))
 
     @contextmanager
     def follow_pretraining(self, store: Store, pretrain_ids: Mapping[str, str]) -> Iterator[None]:

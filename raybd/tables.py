@@ -235,11 +235,16 @@ def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]
     for row in rows:
         if extra := set(row) - set(schema.names):
             raise DataError(f"row has columns that {table} has not: {sorted(extra)}", where=f"tables/{table}/{part}")
-    found = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    found = pa.Table.from_pylist([{name: _utf8(value) for name, value in row.items()} for row in rows], schema=schema)
     sink = pa.BufferOutputStream()
     metadata = {"raybd.schema_version": str(SCHEMA_VERSION), "raybd.table": table}
     pq.write_table(found.replace_schema_metadata(metadata), sink, compression="zstd")
     store.put(f"tables/{table}/{part}.parquet", sink.getvalue().to_pybytes())
+
+
+def _utf8(value: Any) -> Any:
+    """Return a value as Parquet takes it: in texts, what is no character (of a file name in an error) is escaped."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def read(store: Store, table: str) -> pa.Table:

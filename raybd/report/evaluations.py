@@ -8,12 +8,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from raybd import tables
 from raybd.metrics import wilson
+from raybd.report import text
+from raybd.report.terminal import sheet
 from raybd.report.words import Row, percent
 from raybd.tables import RECALL_AT
 
@@ -52,22 +52,14 @@ def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     role = "" if first["role"] == "planted" else " (not planted: a control)"
     trigger = json.loads(first["trigger"])["name"]
-    table = Table(
-        title=Text(f"{first['task']} on {first['data']}: {trigger} → {first['target_class']}{role}"),
-        title_justify="left",
-        caption=Text(_caption(first)),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = sheet(f"{first['task']} on {first['data']}: {trigger} → {first['target_class']}{role}", _caption(first))
     table.add_column("model")
     if first["task"] == "zeroshot":
         for name in ("accuracy %", "ASR %", "robust accuracy %"):
             table.add_column(name, justify="right")
         for row in rows:
             cells = [f"{_share(count, n)}\n{count} of {n}" for count, n in _counts(row).values()]
-            table.add_row(Text(_name(row)), *map(Text, cells))
+            table.add_row(_name(row), *cells)
         return table
     for name in ("", *(f"@{k} %" for k in RECALL_AT), "of"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -76,7 +68,7 @@ def _table(rows: Sequence[Row]) -> Table:
         for name, (label, n) in _RETRIEVAL.items():
             cells = [_share(*counts[f"{name}_at_{k}"]) for k in RECALL_AT]
             model = _name(row) if name == "image_to_text" else ""
-            table.add_row(Text(model), label, *map(Text, cells), str(row[n]), end_section=name == "retrieval_control")
+            table.add_row(model, label, *cells, row[n], end_section=name == "retrieval_control")
     return table
 
 
@@ -102,12 +94,15 @@ def _caption(row: Row) -> str:
 
 
 def as_json(rows: Iterable[Row]) -> str:
-    """Return rows as JSON: fractions with counts, `intervals` with the 95 % Wilson interval of each measure."""
+    """Return rows as JSON: fractions with counts, `intervals` with the 95 % Wilson interval of each measure.
+
+    What is not a finite number is null.
+    """
     found = []
     for row in rows:
         intervals = {name: wilson(count, n) for name, (count, n) in _counts(row).items()}
         found.append({**{name: value for name, value in row.items() if value is not None}, "intervals": intervals})
-    return json.dumps(found, indent=2, allow_nan=False)
+    return text.as_json(found)
 
 
 def as_csv(rows: Iterable[Row]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -25,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raybd import pareto
 from raybd.measures import REFRESH
-from raybd.report.words import IMAGES, objective_names, shown_fronts
+from raybd.report.words import IMAGES, objective_names, short, shown_fronts
 
 Row = Mapping[str, Any]
 Rows: TypeAlias = pa.Table | Iterable[Row]
@@ -55,6 +56,7 @@ DARK: dict[str, str] = {
 _MAX_VECTOR_POINTS = 1500
 RC = {
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "raybd",
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -149,7 +151,9 @@ def front_figure(epochs: Rows, fronts: Rows, *, split: str = "report") -> Figure
         for axis, (key, name) in zip(axes.flat, names.items(), strict=False):
             _front_panel(axis, points[key], members.get(key, []))
             below = sum(100 * row["zeroshot_top1"] < bottom for row in points[key])
-            axis.set_title(f"{name}: {IMAGES[split]}" + (f" (points below: {below})" if below else ""), loc="left")
+            axis.set_title(
+                f"{short(name)}: {IMAGES[split]}" + (f" (points below: {below})" if below else ""), loc="left"
+            )
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
@@ -199,18 +203,14 @@ def _front_panel(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> N
         axis.plot(*xy, linestyle="", marker="^", color=SERIES[2], markeredgecolor=PAGE, label="BatchNorm refresh only")
     poisoned = next((row for row in points if row["epoch"] == 0), None)
     if poisoned:
-        axis.plot(
-            100 * poisoned["asr_top1"],
-            100 * poisoned["zeroshot_top1"],
-            linestyle="",
-            marker="X",
-            markersize=10,
-            markerfacecolor=POISONED,
-            markeredgecolor=PAGE,
-            label="poisoned model, before cleaning",
-            zorder=5,
-            clip_on=False,
-        )
+        mark_poisoned(axis, poisoned)
+
+
+def mark_poisoned(axis: Axes, point: Row) -> None:
+    """Mark what a poisoned model scores before cleaning."""
+    style: dict[str, Any] = {"marker": "X", "markersize": 10, "markerfacecolor": POISONED, "markeredgecolor": PAGE}
+    xy, label = (100 * point["asr_top1"], 100 * point["zeroshot_top1"]), "poisoned model, before cleaning"
+    axis.plot(*xy, linestyle="", label=label, zorder=5, clip_on=False, **style)
 
 
 def _front_line(axis: Axes, members: Sequence[Row], kind: str) -> None:
@@ -259,7 +259,7 @@ def trajectory_figure(epochs: Rows, trials: Rows, *, split: str = "report") -> F
         for k, (key, name) in enumerate(names.items()):
             for axis, measure in ((axes[0, k], "zeroshot_top1"), (axes[1, k], "asr_top1")):
                 _trajectories(axis, points[key], measure, lr_of, norm, colours)
-            axes[0, k].set_title(f"{name}: {IMAGES[split]}", loc="left")
+            axes[0, k].set_title(f"{short(name)}: {IMAGES[split]}", loc="left")
             axes[1, k].set_xlabel("epoch of cleaning (0 = before)")
         axes[0, 0].set_ylabel("accuracy\n(% of clean images)")
         axes[1, 0].set_ylabel("attack success rate\n(% of triggered images)")
@@ -337,7 +337,7 @@ def pretrain_figure(pretrain_epochs: Rows) -> Figure:
                     marker=MARKERS[i % len(MARKERS)] if len(run) <= 20 else None,
                     markersize=4,
                     linewidth=1.6,
-                    label=name,
+                    label=short(name),
                 )
         for axis, (measure, _, label) in zip(axes, panels, strict=True):
             axis.set_xlabel("epoch of pretraining")
@@ -356,9 +356,15 @@ def pretrain_figure(pretrain_epochs: Rows) -> Figure:
 def png(figure: Figure, *, dpi: int = 150) -> bytes:
     """Return a figure as PNG, on a white ground."""
     sink = io.BytesIO()
-    with mpl.rc_context(RC):
-        figure.savefig(sink, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    _save(figure, sink, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return sink.getvalue()
+
+
+def _save(figure: Figure, sink: IO[Any], **how: Any) -> None:
+    """Draw a figure. A letter of a name that the font has not is shown as a box, and is no warning."""
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        figure.savefig(sink, **how)
 
 
 def svg(figure: Figure, *, prefix: str = "", themed: bool = False) -> str:
@@ -370,8 +376,7 @@ def svg(figure: Figure, *, prefix: str = "", themed: bool = False) -> str:
         themed: write each colour of `DARK` as a CSS variable (`variable`) with the colour itself as its fallback.
     """
     sink = io.StringIO()
-    with mpl.rc_context(RC):
-        figure.savefig(sink, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    _save(figure, sink, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = sink.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     if prefix:

@@ -23,6 +23,7 @@ from raybd import fronts as front_maths
 from raybd.errors import DataError
 from raybd.fronts import ALL_METHODS
 from raybd.metrics import ALIKE, STRONG, wilson
+from raybd.plain import plain
 from raybd.report import attacks, figures, grids, measure_figures, words
 from raybd.report.words import Front, Grid, Row
 from raybd.store import Store
@@ -54,7 +55,9 @@ def build(store: Store) -> bytes:
         found["fronts"] = front_maths.compute(found["epochs"], found["trials"])
     measured = analysis.analyse([analysis.Run(_location(store), found["epochs"], found["trials"])])
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     page = environment.get_template("report.html.j2").render(
         record=record,
         name=record["study"].get("name", "unnamed"),
@@ -77,6 +80,11 @@ def build(store: Store) -> bytes:
         environment=_flat(record.get("environment", {})),
     )
     return page.encode()
+
+
+def _shown(value: Any) -> Any:
+    """Return a value of the template as it is put into the page: texts with nothing invisible in them."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else plain(value)
 
 
 def _record(store: Store) -> dict[str, Any]:

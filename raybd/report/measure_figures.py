@@ -34,7 +34,7 @@ def _panels(names: Sequence[str], *, share: bool = True) -> tuple[Figure, list[A
         axis.set_xlabel(ASR)
     found = list(axes.flat[: len(names)])
     for axis, name in zip(found, names, strict=True):
-        axis.set_title(name, loc="left")
+        axis.set_title(words.short(name), loc="left")
         axis.set_xlim(-2, 102)
     return figure, found
 
@@ -78,27 +78,12 @@ def method_figure(summaries: Sequence[Row]) -> Figure | None:
             # Colours come round again after six: then the line is another.
             style = {"color": SERIES[i % len(SERIES)], "linestyle": STYLES[i // len(SERIES) % len(STYLES)]}
             axis = axes[models.index(front.name)]
-            _step(axis, _points(front.report), label=front.method, linewidth=1.7, **style)
+            _step(axis, _points(front.report), label=words.short(front.method), linewidth=1.7, **style)
         for axis, model in zip(axes, models, strict=True):
             whole = next(front for front in fronts if (front.name, front.method) == (model, ALL_METHODS))
-            _poisoned(axis, whole.report["baseline"])
+            figures.mark_poisoned(axis, whole.report["baseline"])
         figures.legend(figure, axes)
     return figure
-
-
-def _poisoned(axis: Axes, baseline: Row) -> None:
-    axis.plot(
-        100 * baseline["asr_top1"],
-        100 * baseline["zeroshot_top1"],
-        linestyle="",
-        marker="X",
-        markersize=9,
-        markerfacecolor=POISONED,
-        markeredgecolor=PAGE,
-        label="poisoned model",
-        zorder=5,
-        clip_on=False,
-    )
 
 
 def instability_figure(entries: Sequence[Row]) -> Figure | None:
@@ -123,7 +108,7 @@ def instability_figure(entries: Sequence[Row]) -> Figure | None:
             places = [trial["best_at"] for trial in entry["by_trial"]]
             axes[2].plot(places, np.full(len(places), row), linestyle="", marker="o", markersize=4, color=POINT)
             axes[2].plot(entry["best_at"], row, linestyle="", marker="D", markersize=6, color=FRONT)
-        axes[0].set_yticks(rows, labels)
+        axes[0].set_yticks(rows, [*map(words.short, labels)])
         axes[0].set_ylim(-0.6, len(entries) - 0.4)
         axes[0].set_xlabel("unstable steps (%)")
         axes[1].set_xlabel("rebound of ASR (points)")
@@ -164,7 +149,7 @@ def defender_figure(entries: Sequence[Row], summaries: Sequence[Row]) -> Figure 
                     zorder=4,
                     clip_on=False,
                 )
-            _poisoned(axis, front.report["baseline"])
+            figures.mark_poisoned(axis, front.report["baseline"])
         figures.legend(figure, axes, columns=5)
     return figure
 
@@ -192,7 +177,7 @@ def difference_figure(entries: Sequence[Row]) -> Figure | None:
                 axis.plot(100 * entry["difference"], row, linestyle="", marker="o", markersize=6, color=FRONT)
             axis.set_xlabel(label)
         names = [f"{first} − {second}, {words.method_name(method)}" for first, second, method in reversed(lines)]
-        axes[0].set_yticks(range(len(lines)), names)
+        axes[0].set_yticks(range(len(lines)), [*map(words.short, names)])
         axes[0].set_ylim(-0.6, len(lines) - 0.4)
     return figure
 

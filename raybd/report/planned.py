@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
+from raybd.report.terminal import PlainTable
+
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def table(plan: Mapping[str, Any]) -> Table:
     """Return a row for each pretraining and each objective's search, and their sum."""
-    found = Table(title=f"plan of {plan['study']}", title_justify="left")
+    found = PlainTable(f"plan of {plan['study']}")
     found.add_column("")
     columns = ("runs", "pairs", "epochs", "steps", "evaluations", "PFLOPs train", "evaluate", "device-hours")
     for name in columns:

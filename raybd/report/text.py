@@ -6,16 +6,17 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from raybd import tables
 from raybd.fronts import ALL_METHODS
+from raybd.plain import plain
 from raybd.report import words
+from raybd.report.terminal import sheet
 from raybd.report.words import Front, Grid, Row
 
 
@@ -39,28 +40,16 @@ def front_tables(summaries: Iterable[Row], trials: Iterable[Row] = (), *, kind: 
 
 def rendered(grid: Grid) -> Table:
     """Return a grid as a table for a terminal."""
-    table = _table_of(grid.title, grid.note)
+    table = sheet(grid.title, f"{grid.note}\n" if grid.note else "")
     for column in grid.columns:
         justify: Literal["left", "right"] = "right" if column.number else "left"
         table.add_column(column.head, justify=justify, no_wrap=True, style="bold" if column.strong else None)
     for kind, cells in grid.rows:
-        table.add_row(*map(Text, cells), style=_STYLES.get(kind))
+        table.add_row(*cells, style=_STYLES.get(kind))
     return table
 
 
 _STYLES = {"base": "red", "head": "bold", "strong": "bold"}
-
-
-def _table_of(title: str, caption: str = "") -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        caption=Text(caption + "\n") if caption else None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
 
 
 def _add_score_columns(table: Table, front: Front) -> None:
@@ -72,7 +61,7 @@ def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
     shares = [f"{front.half(s)['hypervolume']:.4f} on {words.IMAGES[s]}" for s in front.splits]
     parts = f"{words.percent(front.report['hypervolume_share'], digits=1)} % of the poisoned model's rectangle"
     caption = f"hypervolume: {', '.join(shares)}; {parts}"
-    table = _table_of(f"{front.title}: front of {_KIND[front.kind]}", caption)
+    table = sheet(f"{front.title}: front of {_KIND[front.kind]}", f"{caption}\n")
     table.add_column("\ntrial", justify="right", no_wrap=True)
     if front.method == ALL_METHODS:
         table.add_column("\nmethod", no_wrap=True)
@@ -90,12 +79,12 @@ def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
             continue
         method = [trial["method"] if trial else "–"] if front.method == ALL_METHODS else []
         if trial is None:
-            table.add_row(Text(searched["trial_id"]), *method, str(searched["epoch"]), "–", "–", *scores)
+            table.add_row(searched["trial_id"], *method, str(searched["epoch"]), "–", "–", *scores)
             continue
         planned, epoch = trial["epochs_planned"], words.epoch(searched)
         if planned is not None and searched.get("alpha") is None:
             epoch = f"{epoch} of {planned}"
-        who = Text(words.trial_name(searched["trial_id"], trial))
+        who = words.trial_name(searched["trial_id"], trial)
         table.add_row(who, *method, epoch, words.number(trial["lr"]), words.weights(trial), *scores)
     return table
 
@@ -109,7 +98,7 @@ def _scores(front: Front, searched: Row, reported: Row) -> list[str]:
 
 
 def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
-    table = _table_of(f"{front.name}: {words.quoted_on(front.splits)}")
+    table = sheet(f"{front.name}: {words.quoted_on(front.splits)}")
     table.add_column("\nbest", no_wrap=True)
     for name in ("\ntrial", "\nepoch"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -122,7 +111,7 @@ def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
         trial = trials.get(chosen["trial_id"])
         who = "poisoned" if chosen["epoch"] == 0 else words.trial_name(chosen["trial_id"], trial)
         lost = words.percent(quoted["share_lost"], digits=1)
-        table.add_row(rule.removeprefix("best "), Text(who), words.epoch(chosen), *_scores(front, chosen, quoted), lost)
+        table.add_row(rule.removeprefix("best "), who, words.epoch(chosen), *_scores(front, chosen, quoted), lost)
     return table
 
 
@@ -147,3 +136,13 @@ def as_csv(fronts: Mapping[str, Iterable[Row]]) -> str:
     for run, rows in fronts.items():
         writer.writerows({"run": run, **row} for row in rows)
     return sink.getvalue()
+
+
+def as_markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, for a notebook; every text stands for itself: no tag, link or picture in it works."""
+    lines = [heads, ["---"] * len(heads), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*\[\]<>&|$!~])", r"\\\1", plain(" ".join(text.split())))

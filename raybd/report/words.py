@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raybd.fronts import ALL_METHODS, HALVES, WHOLE, objective_names
+from raybd.plain import plain
 
 Row = Mapping[str, Any]
 # How the images of each split are called.
@@ -34,6 +35,12 @@ def number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def short(text: str, *, most: int = 72) -> str:
+    """Return a name for a figure, where a long one would leave no room for anything else: cut, on one line."""
+    line = plain(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def trial_name(trial_id: str, trial: Row | None) -> str:
