@@ -1,11 +1,11 @@
 # make demo: the demo study, end to end. make test: the tests. make fuzz: 20,000 cases of bad input.
-# All of them install into .venv first (about 6 GB, minutes).
+# make chaos: faults at random moments, for 40 minutes. All of them install into .venv first (about 6 GB, minutes).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz check lock clean
+.PHONY: demo test fuzz chaos check lock clean
 
 demo: $(STAMP)
 	$(BIN)/raybd demo
@@ -15,6 +15,12 @@ test: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=3600
+
+# Kills, full disks and failing storage at random moments, until so many have hit: tests/chaos/README.md.
+SEED ?= 0
+FAULTS ?= 100
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --seed $(SEED) --faults $(FAULTS) --json chaos.json
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
