@@ -82,6 +82,15 @@ def drop_state(store: Store, id: str) -> None:
     store.delete(f"progress/{id}.json")
 
 
+def remove_leftovers(store: Store) -> None:
+    """Remove what processes that were killed left: half-written files, and states of runs that have ended."""
+    store.remove_temporaries()
+    for name in (*store.names("state"), *store.names("progress")):
+        id = name.partition("/")[2].rpartition(".")[0]
+        if any(Ledger(store).has_ended(kind, id) for kind in Kind):
+            store.delete(name)
+
+
 def require_started(store: Store, study: Study, task: Assignment) -> Entry:
     """Return a trial's ledger entry; a start is recorded for one that did not get as far as that."""
     ledger = Ledger(store)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from raybd.errors import DataError
+from raybd.errors import DataError, SupersededError
 from raybd.store import Store
 
 Record = dict[str, Any]
@@ -59,27 +59,42 @@ class Ledger:
         self._store = store
 
     def start(self, kind: Kind, id: str, record: Record) -> int:
-        """Record a start; return the number of the attempt, from 1."""
-        attempt = len(self._names(kind, id, "started-")) + 1
-        self._put(f"ledger/{kind}/{id}/started-{attempt:03d}.json", record)
+        """Record a start; return the number of the attempt, from 1. Earlier attempts that still run count no more."""
+        attempt = self._attempts(kind, id) + 1
+        while not self._put_new(f"ledger/{kind}/{id}/started-{attempt:03d}.json", record):
+            attempt += 1
         return attempt
 
+    def require_last(self, kind: Kind, id: str, attempt: int) -> None:
+        """Raise SupersededError where a later attempt has started, or the run was ended, by whoever thought it dead."""
+        if self.has_ended(kind, id) or self._attempts(kind, id) > attempt:
+            raise SupersededError(f"attempt {attempt} counts no more", where=f"ledger/{kind}/{id}")
+
     def epoch(self, kind: Kind, id: str, epoch: int, record: Record) -> None:
-        """Record a finished epoch; one that is finished again, after a crash, takes the place of its first record."""
-        self._put(f"ledger/{kind}/{id}/epoch-{epoch:04d}.json", record)
+        """Record a finished epoch. One that is recorded already stays as it is: numbers once seen do not change."""
+        self._put_new(f"ledger/{kind}/{id}/epoch-{epoch:04d}.json", record)
+
+    def last_epoch(self, kind: Kind, id: str) -> int:
+        """Return the last epoch that is recorded, -1 if none is."""
+        names = (name.rsplit("/", 1)[1] for name in self._names(kind, id, "epoch-"))
+        return max((int(name[len("epoch-") : -len(".json")]) for name in names), default=-1)
 
     def failed(self, kind: Kind, id: str, record: Record) -> None:
         """Record that an attempt failed; whether the entry ends with it is another matter."""
         number = len(self._names(kind, id, "failed-")) + 1
-        self._put(f"ledger/{kind}/{id}/failed-{number:03d}.json", record)
+        while not self._put_new(f"ledger/{kind}/{id}/failed-{number:03d}.json", record):
+            number += 1
 
     def end(self, kind: Kind, id: str, record: Record) -> Entry:
-        """Record an end. It holds all that the entry has, so that readers of an ended one need one file."""
+        """Record an end, and return the entry; one that has ended stays as it is.
+
+        The record holds all that the entry has, so that readers of an ended one need one file.
+        """
         entry = self.entry(kind, id)
         content: Record = {"started": entry.started, "attempts": entry.attempts, "ended": record}
         content["failures"] = entry.failures
         content["epochs"] = {str(number): entry.epochs[number] for number in sorted(entry.epochs)}
-        self._put(f"ledger/{kind}/{id}/ended.json", content)
+        self._put_new(f"ledger/{kind}/{id}/ended.json", content)
         return self.entry(kind, id)
 
     def has_ended(self, kind: Kind, id: str) -> bool:
@@ -121,8 +136,11 @@ class Ledger:
         failures = tuple(self._get(path) for name, path in sorted(last.items()) if name.startswith("failed-"))
         return Entry(id, started, len(starts), epochs, None, failures)
 
-    def _put(self, name: str, record: Record) -> None:
-        self._store.put(name, json.dumps(record, sort_keys=True, allow_nan=True).encode())
+    def _attempts(self, kind: Kind, id: str) -> int:
+        return len(self._names(kind, id, "started-"))
+
+    def _put_new(self, name: str, record: Record) -> bool:
+        return self._store.put_new(name, json.dumps(record, sort_keys=True, allow_nan=True).encode())
 
     def _get(self, name: str) -> Record:
         try:

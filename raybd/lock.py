@@ -36,13 +36,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 @contextmanager
 def only_driver(store: Store) -> Iterator[None]:
-    """Hold the lock of a run directory for the length of a `with`; leftovers of killed writers are removed.
+    """Hold the lock of a run directory for the length of a `with`.
 
     Errors: LockedError, at once, where another driver holds it, and names that one; LockedError out of the block where
         another driver took a bucket over, because this one had been silent for two minutes.
     """
     with _local(store) if store.local else _renewed(store):
-        store.remove_temporaries()
         yield
 
 

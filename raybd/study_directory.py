@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raybd import fronts, tables
-from raybd.assignment import CarryOut, settle
+from raybd.assignment import CarryOut, remove_leftovers, settle
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
@@ -143,6 +143,7 @@ class StudyDirectory:
 
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
+        remove_leftovers(self.store)
         for entry in self.ledger.entries(Kind.TRIAL):
             if entry.ended is not None and not self.store.exists(f"tables/trials/{entry.id}.parquet"):
                 self._write_trial(entry)

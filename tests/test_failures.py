@@ -219,7 +219,7 @@ def test_a_ledger_that_cannot_be_written_is_no_failure_of_a_trial(store: Store, 
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put", full)
+        patch.setattr(Store, "put_new", full)
         faults.ended(TASK)
         assert faults.settled(TASK) is None
     assert isinstance(faults.error, StorageError)

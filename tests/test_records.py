@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import raybd
 from raybd import errors, ledger, provenance, records, seeding, tables
-from raybd.errors import DataError, RaybdError, StorageError
+from raybd.errors import DataError, RaybdError, StorageError, SupersededError
 from raybd.ledger import Kind, Ledger, State
 from raybd.metrics import Counts
 from raybd.provenance import digest
@@ -252,11 +252,30 @@ def test_ledger_of_a_trial_from_start_to_end(store: Store) -> None:
     assert running.attempts == 2
     assert running.ended is None
     assert sorted(running.epochs) == [0, 2], "an epoch that is recorded twice counts once"
-    assert running.epochs[2] == {"loss": 2.5}
+    assert running.epochs[2] == {"loss": 2.0}, "what was recorded first stays"
+    assert (book.last_epoch(Kind.TRIAL, "t1"), book.last_epoch(Kind.TRIAL, "t2")) == (2, -1)
+    book.require_last(Kind.TRIAL, "t1", 2)
+    with pytest.raises(SupersededError, match="attempt 1 counts no more"):
+        book.require_last(Kind.TRIAL, "t1", 1)
     ended = book.end(Kind.TRIAL, "t1", {"state": State.COMPLETE})
     assert (ended.started, ended.attempts, ended.ended) == ({"lr": 0.5}, 2, {"state": "complete"})
     assert list(ended.epochs) == [0, 2]
     assert ended.epochs[0]["loss"] != ended.epochs[0]["loss"], "NaN survives"
+    assert book.end(Kind.TRIAL, "t1", {"state": State.FAILED}).ended == ended.ended, "a run ends once"
+    with pytest.raises(SupersededError):
+        book.require_last(Kind.TRIAL, "t1", 2)
+
+
+def test_starts_at_the_same_moment_are_attempts_of_their_own(store: Store) -> None:
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(Ledger(store).start(Kind.TRIAL, "t", {}))) for _ in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(1, 13))
 
 
 def test_an_ended_entry_needs_one_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +449,7 @@ def test_every_documented_error_exists_with_its_exit_code() -> None:
     assert codes == {
         **{"RaybdError": 1, "StudyError": 2, "DataError": 1},
         **{"CheckpointError": 1, "ClusterError": 3, "TrialError": 1},
-        **{"StorageError": 3, "LockedError": 3, "SupersededError": 1},
+        **{"StorageError": 3, "LockedError": 3, "SupersededError": 1, "NonFiniteError": 1},
     }
 
 

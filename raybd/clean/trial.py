@@ -61,29 +61,32 @@ def run_trial(
     be tried again. A trial that has ended is not run again.
 
     Errors: TrialError where it failed and is to be tried again; StorageError, which is no failure of the trial;
-        StudyError where its settings do not fit together.
+        SupersededError where another process has it; StudyError where its settings do not fit together.
     """
     ledger = Ledger(store)
     record = start_record(study, task)
     if ledger.has_ended(Kind.TRIAL, task.trial_id):
         return ledger.entry(Kind.TRIAL, task.trial_id)
-    ledger.start(Kind.TRIAL, task.trial_id, record)
+    attempt = ledger.start(Kind.TRIAL, task.trial_id, record)
     # The clock is for device_seconds only.
     clock = time.perf_counter()
     ended: dict[str, Any] = {"state": State.COMPLETE}
+    context = LedgerContext(
+        store=store,
+        kind=Kind.TRIAL,
+        id=task.trial_id,
+        attempt=attempt,
+        device=device,
+        keep=_Keeper(ledger.entry(Kind.TRIAL, task.trial_id).epochs, task.trial_id, record["settings"]["epochs"]),
+        notify=notify,
+    )
     try:
-        context = LedgerContext(
-            store=store,
-            kind=Kind.TRIAL,
-            id=task.trial_id,
-            device=device,
-            keep=_Keeper(ledger.entry(Kind.TRIAL, task.trial_id).epochs, task.trial_id, record["settings"]["epochs"]),
-            notify=notify,
-        )
         ended["weight_decay_in_force"] = _clean(study, task, context, seed=record["seed"])
     except (StorageError, SupersededError):
+        # Not the trial: it is tried again from its last epoch, or another process has it.
         raise
     except Exception as error:
+        context.require_last()
         log.debug("trial %s failed", task.trial_id, exc_info=True)
         kind, message = failures.kind_of(error), failures.message_of(error)
         entry = failures.note(store, task.trial_id, kind, message, trace=traceback.format_exc())
@@ -97,9 +100,7 @@ def run_trial(
         "node": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    entry = ledger.end(Kind.TRIAL, task.trial_id, ended)
-    LedgerContext(store=store, kind=Kind.TRIAL, id=task.trial_id).drop_state()
-    return entry
+    return context.end(ended)
 
 
 def _clean(study: Study, task: Assignment, context: LedgerContext, *, seed: int) -> float | None:

@@ -54,21 +54,19 @@ class Interpolation(Recipe):
     Source: arXiv 2109.01903 (WiSE-FT); arXiv 2210.09545 (Fine-mixing) mixes backdoored weights so.
     """
 
-    has_points = True
-
     def __init__(self, alphas: tuple[float, ...]) -> None:
-        self._alphas = alphas
+        self.alphas = alphas
         self._poisoned: dict[str, Tensor] = {}
 
     def attach(self, run: Training) -> None:
         """Copy the weights as they came."""
         self._poisoned = {name: weight.detach().clone() for name, weight in run.clip.net.named_parameters()}
 
-    def points(self, run: Training) -> Iterator[float]:
-        """Set the weights of each point; afterwards the model is the finetuned one again."""
+    def points(self, run: Training, *, first: int = 0) -> Iterator[float]:
+        """Set the weights of each point from the `first`-th on; afterwards the model is the finetuned one again."""
         net = run.clip.net
         finetuned = {name: value.clone() for name, value in net.state_dict().items()}
-        for alpha in self._alphas:
+        for alpha in self.alphas[first:]:
             with torch.no_grad():
                 for name, weight in net.named_parameters():
                     weight.copy_((1.0 - alpha) * self._poisoned[name] + alpha * finetuned[name])

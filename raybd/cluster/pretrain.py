@@ -34,17 +34,20 @@ def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
     for objective, pretrain_id in config["pretrain_ids"].items():
         if done(store, pretrain_id) is not None:
             continue
+        study, rank = Study.model_validate_json(config["study"]), where.get_world_rank()
+        record = start_record(study, objective, pretrain_id)
         context = LedgerContext(
             store=store,
             kind=Kind.PRETRAIN,
             id=pretrain_id,
-            rank=where.get_world_rank(),
+            attempt=Ledger(store).start(Kind.PRETRAIN, pretrain_id, record) if rank == 0 else None,
+            rank=rank,
             world_size=where.get_world_size(),
             device=get_device(),
             notify=lambda epoch, record: ray.train.report({"epoch": epoch}),
         )
         try:
-            pretrain(Study.model_validate_json(config["study"]), objective, context)
+            pretrain(study, objective, context)
         except TrialError as error:
             failed[pretrain_id] = (error.what, error.fix)
         # What is done is asked of the store: no rank may ask before rank 0 has said so.
@@ -65,8 +68,6 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
     Errors: TrialError (a loss that is not finite; the other objectives are trained all the same), DataError,
         ClusterError.
     """
-    for objective, pretrain_id in pretrain_ids.items():
-        Ledger(store).start(Kind.PRETRAIN, pretrain_id, start_record(study, objective, pretrain_id))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from raybd.assignment import drop_state, state_name
-from raybd.ledger import Kind, Ledger
+from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
 
 
@@ -34,14 +34,20 @@ class TrainContext(Protocol):
     world_size: int
     device: torch.device
 
-    def report(self, epoch: int, record: dict[str, Any], weights: Callable[[], bytes]) -> None:
-        """Take a finished epoch: its rows for the tables, and a function that gives its weights."""
+    def report(
+        self, epoch: int, record: dict[str, Any], weights: Callable[[], bytes], state: Callable[[], bytes] | None = None
+    ) -> None:
+        """Take a finished epoch: its numbers, and functions that give its weights and what is needed to go on from it.
 
-    def save_state(self, state: Callable[[], bytes]) -> None:
-        """Keep what is needed to go on after the epoch just reported."""
+        Without `state` nothing can go on from this epoch; it holds the record, which is reported again where this
+        did not come to its end. Errors: SupersededError.
+        """
+
+    def last_epoch(self) -> int:
+        """Return the last epoch that was reported, -1 if none was. Of several ranks the first one's answer holds."""
 
     def load_state(self) -> bytes | None:
-        """Return what `save_state` kept last; None at a fresh start."""
+        """Return the state that was kept last; None at a fresh start."""
 
     def progress(self, progress: Progress) -> None:
         """Take note of where the run is."""
@@ -53,6 +59,7 @@ class LedgerContext:
 
     Args:
         kind, id: which entry of the ledger this run is.
+        attempt: its number, where a later attempt may start while this one runs, on a machine that was thought dead.
         keep: says, given the epoch's record, whether its weights are worth keeping now, and where.
         notify: called after each epoch with its number and record, on every rank (Ray's report).
     """
@@ -60,6 +67,7 @@ class LedgerContext:
     store: Store
     kind: Kind
     id: str
+    attempt: int | None = None
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -67,27 +75,40 @@ class LedgerContext:
     notify: Callable[[int, dict[str, Any]], None] = lambda epoch, record: None
     _last_progress: float = 0.0
 
-    def report(self, epoch: int, record: dict[str, Any], weights: Callable[[], bytes]) -> None:
-        """Keep the weights first, then record the epoch: an epoch in the ledger has its weights."""
+    def report(
+        self, epoch: int, record: dict[str, Any], weights: Callable[[], bytes], state: Callable[[], bytes] | None = None
+    ) -> None:
+        """Keep weights, then state, then the record: what the ledger has as finished needs nothing to be done again."""
         if self.rank == 0:
-            if name := self.keep(epoch, record):
+            ledger = Ledger(self.store)
+            self.require_last()
+            # Weights of an epoch that is recorded are those that its numbers were measured on.
+            if (name := self.keep(epoch, record)) and ledger.last_epoch(self.kind, self.id) < epoch:
                 self.store.put(name, weights())
-            Ledger(self.store).epoch(self.kind, self.id, epoch, record)
+            if state is not None:
+                self.store.put(state_name(self.id), state())
+            ledger.epoch(self.kind, self.id, epoch, record)
         self.notify(epoch, record)
 
-    def save_state(self, state: Callable[[], bytes]) -> None:
-        """Write the state of rank 0; every rank starts from it."""
-        if self.rank == 0:
-            self.store.put(state_name(self.id), state())
+    def last_epoch(self) -> int:
+        """Return the last epoch that the ledger has, -1 if none."""
+        return Ledger(self.store).last_epoch(self.kind, self.id)
 
     def load_state(self) -> bytes | None:
-        """Read the state that was written last."""
+        """Read the state of rank 0; every rank starts from it."""
         return self.store.get(state_name(self.id)) if self.store.exists(state_name(self.id)) else None
 
-    def drop_state(self) -> None:
-        """Remove the state of a run that has ended, and its note of progress."""
-        if self.rank == 0:
-            drop_state(self.store, self.id)
+    def end(self, record: dict[str, Any]) -> Entry:
+        """Record the end of the run, on rank 0, and remove its state; return its entry. Errors: SupersededError."""
+        self.require_last()
+        entry = Ledger(self.store).end(self.kind, self.id, record)
+        drop_state(self.store, self.id)
+        return entry
+
+    def require_last(self) -> None:
+        """Raise SupersededError where this attempt counts no more: nothing of it may be recorded then."""
+        if self.attempt is not None:
+            Ledger(self.store).require_last(self.kind, self.id, self.attempt)
 
     def progress(self, progress: Progress) -> None:
         """Write where the run is, at most once a second (every half minute to a bucket)."""

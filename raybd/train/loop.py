@@ -116,7 +116,12 @@ class Training:
             self.recipe.detach(self)
 
     def _run(self) -> None:
-        done = self._restore()
+        device = self.context.device
+        found = self.context.last_epoch() if self.context.rank == 0 else 0
+        reported = int(sum_over_ranks([found], device=device)[0])
+        if reported >= self.settings.epochs + len(self.recipe.alphas):
+            return
+        done = self._restore(reported)
         if done is None:
             self.clip.net.train()
             self._finish_epoch(0, None, time.perf_counter())
@@ -124,12 +129,13 @@ class Training:
         if done == 0:
             self.recipe.start(self)
         if active():
-            ids = [self.context.device.index] if self.context.device.type == "cuda" else None
+            ids = [device.index] if device.type == "cuda" else None
             self._net = DistributedDataParallel(self.clip.net, device_ids=ids)
         for epoch in range(done + 1, self.settings.epochs + 1):
             sums = self._train_epoch(epoch)
             self._finish_epoch(epoch, sums, time.perf_counter())
-        for number, alpha in enumerate(self.recipe.points(self), start=self.settings.epochs + 1):
+        first = max(0, reported - self.settings.epochs)
+        for number, alpha in enumerate(self.recipe.points(self, first=first), start=self.settings.epochs + 1 + first):
             self._finish_epoch(number, None, time.perf_counter(), alpha=alpha)
 
     def weight_decay_in_force(self) -> float | None:
@@ -256,9 +262,12 @@ class Training:
     def _finish_epoch(self, epoch: int, sums: _EpochSums | None, trained: float, *, alpha: float | None = None) -> None:
         """Evaluate, report, and keep the state to go on from."""
         record = {**self._training_columns(epoch, sums, trained), "alpha": alpha}
-        self.context.report(epoch, record, lambda: checkpoint.to_bytes(self.clip.net.state_dict(), {"epoch": epoch}))
-        if epoch < self.settings.epochs or (self.recipe.has_points and epoch == self.settings.epochs):
-            self.context.save_state(lambda: self._state(epoch))
+        needed = epoch < self.settings.epochs + (1 if self.recipe.alphas else 0)
+        state = (lambda: self._state(epoch, record)) if needed else None
+        self.context.report(epoch, record, lambda: self._weights(epoch), state)
+
+    def _weights(self, epoch: int) -> bytes:
+        return checkpoint.to_bytes(self.clip.net.state_dict(), {"epoch": epoch, "model": self.clip.name})
 
     def _training_columns(self, epoch: int, sums: _EpochSums | None, trained: float) -> dict[str, Any]:
         """Add up over the ranks, evaluate, and return the epoch's record: training columns, and counts of each half."""
@@ -315,14 +324,17 @@ class Training:
         added = own.holding(sum_over_ranks(own.numbers(), device=context.device))
         return added.records(self.evaluation_set)
 
-    def _state(self, epoch: int) -> bytes:
+    def _state(self, epoch: int, record: dict[str, Any]) -> bytes:
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.clip.net.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer, self._names)
         place = {"epoch": epoch, "step": self.step, "samples": self.samples_seen, "poisoned": self.poisoned_seen}
-        return checkpoint.to_bytes(tensors, place)
+        return checkpoint.to_bytes(tensors, {**place, "record": record})
 
-    def _restore(self) -> int | None:
-        """Go back to the state that the context kept; return its epoch, None at a fresh start."""
+    def _restore(self, reported: int) -> int | None:
+        """Go back to the state that the context kept; return its epoch, None at a fresh start.
+
+        Its epoch is reported where that did not come about before the process died.
+        """
         content = self.context.load_state()
         if content is None:
             return None
@@ -336,4 +348,7 @@ class Training:
         checkpoint.restore_optimizer(self.optimizer, tensors, self._names)
         self.step, self.samples_seen = place["step"], place["samples"]
         self.poisoned_seen = place["poisoned"]
-        return int(place["epoch"])
+        epoch = int(place["epoch"])
+        if epoch > reported:
+            self.context.report(epoch, place["record"], lambda: self._weights(epoch))
+        return epoch

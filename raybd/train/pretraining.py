@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from raybd import checkpoint
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.seeding import fork
 from raybd.store import Store
@@ -50,15 +49,15 @@ def pretrain(study: Study, objective: str, context: LedgerContext) -> None:
     seed = fork(study.seed, "pretrain", objective)
     clip = inputs.new_model(settings, seed=seed)
     pairs = inputs.pretraining_pairs(settings, clip, seed=seed)
+    context.keep = lambda epoch, record: weights_name(context.id) if epoch == settings.epochs else None
     training = Training(clip, pairs, settings, context, inputs.evaluation_set, max_broken=study.data.max_broken)
     training.run()
     if context.rank == 0:
-        context.store.put(weights_name(context.id), checkpoint.to_bytes(clip.net.state_dict(), {"model": clip.name}))
-        ended = {
-            "state": State.COMPLETE,
-            "ended": datetime.now(UTC).isoformat(),
-            "world_size": context.world_size,
-            "device": context.device.type,
-        }
-        Ledger(context.store).end(Kind.PRETRAIN, context.id, ended)
-        context.drop_state()
+        context.end(
+            {
+                "state": State.COMPLETE,
+                "ended": datetime.now(UTC).isoformat(),
+                "world_size": context.world_size,
+                "device": context.device.type,
+            }
+        )

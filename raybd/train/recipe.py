@@ -56,10 +56,14 @@ class Recipe:
         run.optimizer.step()
         return loss
 
-    has_points = False  # whether `points` yields any
+    alphas: tuple[float, ...] = ()  # of all points that `points` yields
 
-    def points(self, run: Training) -> Iterator[float]:
-        """Set weights without training, one candidate after the other; yield each one's `alpha`. None here."""
+    def points(self, run: Training, *, first: int = 0) -> Iterator[float]:
+        """Set weights without training, one candidate after the other; yield each one's `alpha`. None here.
+
+        Args:
+            first: how many of them were recorded before: they are left out.
+        """
         return iter(())
 
     def detach(self, run: Training) -> None:
