@@ -10,8 +10,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/raybd demo
 
+# A process for each core, and one thread in each: the models of the tests gain nothing from more.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=3600
