@@ -335,29 +335,14 @@ def report(run: RunArgument) -> None:
 
 @app.command()
 def status(run: RunArgument) -> None:
-    """Say how far a run is: pretraining, trials by state, the commonest reasons of failure."""
-    from collections import Counter
-
-    from raybd.ledger import Kind, Ledger, State
+    """Say how far a run is: pretraining, trials by state, the commonest reasons of failure, what is tried again."""
+    from raybd.report import status as found
     from raybd.store import Store
 
     store = Store(run)
     _require_run(store)
-    ledger = Ledger(store)
-    for entry in ledger.entries(Kind.PRETRAIN):
-        planned = entry.started["settings"]["epochs"]
-        where = "done" if entry.ended else "running or interrupted"
-        echo(f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}")
-    trials = ledger.entries(Kind.TRIAL)
-    states = Counter(str(e.ended["state"]) if e.ended else "running or interrupted" for e in trials)
-    echo("trials: " + (", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"))
-    reasons = Counter(
-        f"{e.ended['error_type']}: {e.ended['error_message']}"
-        for e in trials
-        if e.ended and e.ended["state"] == State.FAILED
-    )
-    for reason, count in reasons.most_common(3):
-        echo(f"  {count} x {reason}")
+    for line in found.lines(store):
+        echo(line)
 
 
 def _require_run(store: object) -> None:

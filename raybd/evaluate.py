@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raybd import pulse
 from raybd.data.cache import Images
 from raybd.data.prompts import templates
 from raybd.errors import DataError
@@ -212,6 +213,7 @@ def measure(
         classes_CD = class_embeddings(clip, found, device=device)
         starts = range(0, len(found.images.index), found.batch_size)
         for start in starts[rank::world_size]:
+            pulse.beat()
             rows = np.arange(start, min(start + found.batch_size, len(found.images.index)))
             clean, probed = _count(clip, found, rows, classes_CD, device)
             for split in SPLITS:

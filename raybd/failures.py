@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
 
 from raybd.errors import NonFiniteError, RaybdError
-from raybd.ledger import Entry, Kind, Ledger
+from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.store import Store
 from raybd.study import Failure, Search
 
@@ -15,6 +18,7 @@ SPOILING = frozenset({Failure.OUT_OF_MEMORY, Failure.ERROR})
 # What torch and CUDA say where they raise no error of its own class.
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "status_alloc_failed")
 _LONGEST = 500  # characters of a message
+_NAMED = 3  # trials that a reason names
 
 
 def traceback_name(trial_id: str) -> str:
@@ -43,6 +47,40 @@ def message_of(error: BaseException) -> str:
 def one_line(text: str) -> str:
     """Return the first line of a text that is not empty, cut to what a table takes."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")[:_LONGEST]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why trials failed: all of one kind, and alike but for numbers."""
+
+    kind: str
+    message: str
+    trial_ids: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.trial_ids[:_NAMED]) + (", …" if len(self.trial_ids) > _NAMED else "")
+        return f"{len(self.trial_ids)} x {self.kind}: {self.message} ({shown})"
+
+
+def reasons(failed: Iterable[tuple[str, str | None, str | None]]) -> list[Reason]:
+    """Return why trials failed, the commonest reason first, of (trial, `error_type`, `error_message`) for each."""
+    alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for trial_id, kind, message in failed:
+        key = (kind or "unknown", re.sub(r"\d[\d.]*(e[+-]?\d+)?", "0", message or ""))
+        alike.setdefault(key, []).append((trial_id, message or "no reason was kept"))
+    found = [
+        Reason(kind, members[0][1], tuple(trial_id for trial_id, _ in members)) for (kind, _), members in alike.items()
+    ]
+    return sorted(found, key=lambda reason: -len(reason.trial_ids))
+
+
+def failed_trials(entries: Iterable[Entry]) -> list[tuple[str, str | None, str | None]]:
+    """Return (trial, `error_type`, `error_message`) of each ledger entry that ended as failed."""
+    return [
+        (entry.id, entry.ended["error_type"], entry.ended["error_message"])
+        for entry in entries
+        if entry.ended is not None and entry.ended["state"] == State.FAILED
+    ]
 
 
 def note(store: Store, trial_id: str, kind: Failure, message: str, *, trace: str) -> Entry:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from pyarrow import fs
 
+from raybd import pulse
 from raybd.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
@@ -207,6 +208,7 @@ class Store:
                     raise self._error(verb, name, error, waited=waited) from error
                 if pause == _FIRST_PAUSE:
                     log.warning("cannot %s %s/%s: %s; trying again", verb, self.root, name, _reason(error))
+            pulse.beat()  # to wait for the storage is not to hang
             time.sleep(min(pause, self.patience - waited))
             pause = min(2 * pause, _LONGEST_PAUSE)
 

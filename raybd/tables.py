@@ -144,6 +144,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("params_json", _text),
             ("state", _text),
             ("stop_reason", _text),
+            # Null, or why it failed: died, hung, out_of_memory, non_finite, error, settings (`study.Failure`).
             ("error_type", _text),
             ("error_message", _text),
             ("epochs_done", _int),

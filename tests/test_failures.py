@@ -127,6 +127,63 @@ def test_the_study_says_what_is_tried_again() -> None:
     assert changed.hash() == STUDY.hash()
 
 
+def test_reasons_that_differ_in_numbers_alone_are_one() -> None:
+    found = failures.reasons(
+        [
+            ("a", "non_finite", "loss is nan at step 12 (epoch 3, lr 1e+30)"),
+            ("b", "died", "its process died"),
+            ("c", "non_finite", "loss is nan at step 4 (epoch 1, lr 3.5e-05)"),
+            ("d", "error", "loss is nan at step 4 (epoch 1, lr 3.5e-05)"),
+            ("e", "non_finite", "loss is inf at step 4 (epoch 1, lr 3.5e-05)"),
+            ("f", None, None),
+            ("g", "non_finite", "loss is nan at step 0 (epoch 1, lr 10)"),
+            ("h", "non_finite", "loss is nan at step 0 (epoch 1, lr 11)"),
+        ]
+    )
+    assert [(reason.kind, reason.trial_ids) for reason in found] == [
+        ("non_finite", ("a", "c", "g", "h")),
+        ("died", ("b",)),
+        ("error", ("d",)),
+        ("non_finite", ("e",)),
+        ("unknown", ("f",)),
+    ]
+    assert str(found[0]) == "4 x non_finite: loss is nan at step 12 (epoch 3, lr 1e+30) (a, c, g, …)"
+
+
+@pytest.mark.parametrize(
+    ("planned", "failed", "complete", "most", "stops"),
+    [
+        (10, 5, 0, 0.5, False),
+        (10, 6, 0, 0.5, True),
+        (10, 6, 4, 0.5, False),  # nothing is left to stop
+        (4, 3, 0, 0.5, False),  # so few say little
+        (6, 5, 0, 0.5, True),
+        (100, 5, 0, 0.01, True),
+        (100, 99, 0, 1.0, False),
+    ],
+)
+def test_how_many_failures_end_a_search(
+    store: Store, planned: int, failed: int, complete: int, most: float, stops: object
+) -> None:
+    study = STUDY.model_copy(update={"search": Search(max_failed=most)})
+    end = {"state": "failed", "error_type": "died", "error_message": "killed"}
+    entries = [Entry(f"f{number}", {}, 1, {}, end) for number in range(failed)]
+    entries += [Entry(f"c{number}", {}, 1, {}, {"state": "complete"}) for number in range(complete)]
+    entries.append(Entry("open", {}, 1, {}, None))
+    faults = Faults(study, store, entries, planned=planned, on_end=lambda entry: None)
+    faults.guard(faults.check_share)
+    assert isinstance(faults.error, TrialError) is stops
+    if stops:
+        assert f"{failed} of {planned} planned trials failed" in str(faults.error)
+        assert f"most often {failed} x died: killed (f0, f1, f2, …)" in str(faults.error)
+
+
+def test_a_share_of_failures_must_be_one() -> None:
+    for wrong in (0, -0.1, 1.1):
+        with pytest.raises(ValidationError, match="max_failed"):
+            Search(max_failed=wrong)
+
+
 # What a driver makes of faults.
 
 
@@ -136,7 +193,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def faults_of(store: Store) -> Faults:
-    return Faults(STUDY, store, Ledger(store).entries(Kind.TRIAL), lambda entry: None)
+    return Faults(STUDY, store, Ledger(store).entries(Kind.TRIAL), planned=9, on_end=lambda entry: None)
 
 
 def start(store: Store) -> None:

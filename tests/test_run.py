@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from raybd import fronts, study_file, tables
+from raybd.cluster.searcher import LedgerSearcher
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
 
@@ -213,16 +214,63 @@ pretrain:
   batch_size: 64
   warmup_steps: 2
   objectives: {mmcl: {loss_weights: {mmcl: 1, ssl: 0}}}
-clean: {num_samples: 96, epochs: 2, batch_size: 32, warmup_steps: 0, loss_weights: {mmcl: 1, ssl: 0}}
+clean:
+  num_samples: 96
+  epochs: 3
+  batch_size: 32
+  warmup_steps: 0
+  loss_weights: {mmcl: 1, ssl: 0}
+  pseudo_labels: {model: resnet-tiny-32}
 evaluation: {templates: ["a picture of a {}."]}
-search: {num_trials: 3, sampler: grid, space: {lr: {choices: [1.0e-4, 1.0e30, 2.0e-4]}}}
+search:
+  num_trials: 6
+  sampler: random
+  hang_minutes: 0.2
+  space:
+    method: {choices: [cleanclip, pseudo_labels]}
+    lr: {low: 1.0e-5, high: 1.0e+30, log: true}
+    pseudo_labels.checkpoint: {choices: [nowhere.pt], when: {method: pseudo_labels}}
+  known:
+    - {method: cleanclip, lr: 1.0e-4}
+    - {method: cleanclip, lr: 1.0e+30}
+    - {method: pseudo_labels, lr: 1.0e-4, pseudo_labels.checkpoint: nowhere.pt}
+    - {method: cleanclip, lr: 2.0e-4}
+    - {method: cleanclip, lr: 3.0e-4}
+    - {method: cleanclip, lr: 4.0e-4}
 resources: {num_workers: 2, concurrent_trials: 2, use_gpu: false}
 """
 
 
+class Saboteur:
+    """Kills or stops the processes of trials, each at a certain finished epoch of a certain attempt."""
+
+    def __init__(self, ledger: Ledger, plan: dict[tuple[str, int], tuple[int, signal.Signals]]) -> None:
+        self._ledger, self.left = ledger, dict(plan)
+
+    def act(self) -> None:
+        """Do what is due."""
+        for entry in self._ledger.entries(Kind.TRIAL) if self.left else ():
+            at, number = self.left.get((entry.id, entry.attempts), (99, signal.SIGKILL))
+            if max(entry.epochs, default=-1) >= at and not entry.ended and (worker := _trial_worker(entry.id)):
+                del self.left[entry.id, entry.attempts]
+                os.kill(worker, number)
+
+
+def _trial_worker(trial_id: str) -> int | None:
+    """Return the process that runs a trial: the parent of the one that watches over it."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"raybd.watchdog" in arguments and trial_id.encode() in arguments:
+                return int(arguments[arguments.index(b"raybd.watchdog") + 2])
+        except OSError:
+            continue
+    return None
+
+
 @pytest.mark.skipif(not PROC, reason="finds the worker to kill in /proc, which this system has not")
 def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -> None:
-    """Two DDP workers, one killed after an epoch; a trial whose loss is not finite fails alone; the exit code is 4."""
+    """Two DDP workers, one killed after an epoch; trials that fail, die and hang, alone; the exit code is 4."""
     study, run_dir = tmp_path / "faulty.yaml", tmp_path / "run"
     study.write_text(FAULTY)
     (tmp_path / "shards").symlink_to(study_file.embedded("emoji-32") or "")
@@ -234,18 +282,49 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(_train_worker(process.pid), signal.SIGKILL)
+    saboteur = Saboteur(
+        ledger,
+        {
+            ("mmcl-0003", 1): (1, signal.SIGKILL),  # dies once
+            ("mmcl-0004", 1): (0, signal.SIGSTOP),  # hangs once
+            ("mmcl-0005", 1): (0, signal.SIGKILL),  # dies twice at one place
+            ("mmcl-0005", 2): (0, signal.SIGKILL),
+        },
+    )
+    while process.poll() is None:
+        saboteur.act()
+        time.sleep(0.05)
     output = finish(process, code=4)
+    assert not saboteur.left
     rows = tables.read(store, "pretrain_epochs").to_pylist()
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert [row["samples_seen"] for row in rows] == [0, 256, 512, 768]
     assert [row["poisoned_seen"] for row in rows] == [0, 26, 52, 78]
-    by_lr = {row["lr"]: row for row in tables.read(store, "trials").to_pylist()}
-    assert {lr: row["state"] for lr, row in by_lr.items()} == {1e-4: "complete", 1e30: "failed", 2e-4: "complete"}
-    assert by_lr[1e30]["error_type"] == "non_finite"
-    assert "loss is nan" in by_lr[1e30]["error_message"]
-    assert "1 trials failed" in output
-    assert "Traceback" in store.get(f"errors/{by_lr[1e30]['trial_id']}.txt").decode()
+    trials = {row["number"]: row for row in tables.read(store, "trials").to_pylist()}
+    assert {number: (row["state"], row["error_type"], row["attempt"]) for number, row in trials.items()} == {
+        0: ("complete", None, 1),
+        1: ("failed", "non_finite", 1),
+        2: ("failed", "error", 2),
+        3: ("complete", None, 2),
+        4: ("complete", None, 2),
+        5: ("failed", "died", 2),
+    }
+    assert "loss is nan" in trials[1]["error_message"]
+    assert "nowhere.pt" in trials[2]["error_message"]
+    assert "3 trials failed" in output
+    failed = {entry.id: [found["kind"] for found in entry.failures] for entry in ledger.entries(Kind.TRIAL)}
+    assert list(failed.values()) == [[], ["non_finite"], ["error"] * 2, ["died"], ["hung"], ["died"] * 2]
+    assert "Traceback" in store.get("errors/mmcl-0001.txt").decode()
+    assert "raybd/train/loop.py" in store.get("errors/mmcl-0004.txt").decode()  # where it was stopped
     assert "loss is nan" in store.get("report.html").decode()
+    points = Counter((row["trial_id"], row["epoch"], row["split"]) for row in tables.read(store, "epochs").to_pylist())
+    assert set(points.values()) == {1}
+    # What a next call would begin with: every planned trial, none that runs for ever.
+    found, entries = study_file.load(str(study), overrides=[]), ledger.entries(Kind.TRIAL)
+    searcher = LedgerSearcher(found, {"mmcl": entries[0].started["pretrain_id"]}, entries, lambda task: None)
+    assert (searcher.planned, searcher.remaining) == (6, 0)
+    states = Counter(trial.state.name for trial in searcher._objectives["mmcl"].optuna.get_trials())
+    assert states == {"COMPLETE": 3, "FAIL": 3}
 
 
 def _train_worker(driver: int) -> int:

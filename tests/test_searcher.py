@@ -174,7 +174,7 @@ def test_known_settings_come_first() -> None:
 def test_known_settings_that_the_space_lacks_are_refused(space: dict[str, Any], known: dict[str, Any]) -> None:
     """Optuna would try them, and refuse them when the ledger is replayed."""
     (name,) = known
-    with pytest.raises(ValidationError, match=rf"known\[0\]: {name} cannot be "):
+    with pytest.raises(ValidationError, match=rf"known.0.{name}: cannot be "):
         study_of(space=space, known=[known])
 
 
@@ -427,6 +427,15 @@ def test_failures_are_told_as_failures_and_nothing_is_left_running() -> None:
     again = Driver(study_of(num_trials=6), list(driver.ledger.values()), ids={"mmcl": "m"})
     assert [trial.state for trial in again.trials()] == states
     assert again.searcher.remaining == 0
+
+
+def test_a_search_that_is_broken_off_leaves_nothing_running() -> None:
+    driver = Driver(study_of(num_trials=4), ids={"mmcl": "m"})
+    driver.play(1)
+    driver.suggest()
+    driver.suggest()
+    driver.searcher.close()
+    assert [trial.state for trial in driver.trials()] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
 
 
 def test_an_end_that_was_told_or_that_nobody_asked_for_is_ignored() -> None:

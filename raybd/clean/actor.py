@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from typing import Any
 
 from raybd.assignment import Assignment, Notify
 from raybd.ledger import Entry
 from raybd.store import Store
 from raybd.study import Study
+from raybd.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class CleanTrial:
     use_gpu: bool
 
     def __call__(self, study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-        """Run the trial and return its ended entry; see `run_trial`."""
+        """Run the trial under a watchdog and return its ended entry; see `run_trial`."""
         # The driver makes these and trains nothing: torch is for the process that does.
         import torch
 
@@ -35,4 +37,11 @@ class CleanTrial:
         device = torch.device("cuda" if self.use_gpu else "cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return run_trial(study, store, task, device=device, notify=notify)
+        with Watchdog(store, task.trial_id, seconds=60 * study.search.hang_minutes) as watchdog:
+
+            def report(epoch: int, record: dict[str, Any]) -> None:
+                # The driver may be slow to take it.
+                with watchdog.waiting():
+                    notify(epoch, record)
+
+            return run_trial(study, store, task, device=device, notify=report)

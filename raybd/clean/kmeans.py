@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raybd import pulse
+
 _CHUNK = 16_384  # points at a time: a row of N by K similarities would not fit for all of them
 
 
@@ -52,6 +54,7 @@ def spherical_kmeans(points_ND: Tensor, clusters: int, *, iterations: int, seed:
     labels_N, nearness_N = _assign(points_ND, centroids_KD)
     similarity = [float(nearness_N.double().mean())]
     for _ in range(iterations):
+        pulse.beat()
         centroids_KD = _centroids(points_ND, labels_N, nearness_N, centroids_KD)
         before_N = labels_N
         labels_N, nearness_N = _assign(points_ND, centroids_KD)

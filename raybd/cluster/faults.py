@@ -12,7 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 
 from raybd import failures
 from raybd.assignment import Assignment, require_started, settle
-from raybd.errors import ClusterError, StorageError, SupersededError
+from raybd.errors import ClusterError, StorageError, SupersededError, TrialError
 from raybd.ledger import Entry
 from raybd.store import Store
 from raybd.study import Failure, Study
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # What Ray says of an actor whose machine went: no error class of its own tells it.
 _MACHINE_GONE = ("its node has died", "node was preempted", "owner has died")
+_FEWEST = 5  # failures; fewer say little
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -31,13 +32,17 @@ class Faults:
     wrong here is kept as `error`, the search is stopped, and every trial that runs is left as it is.
 
     Args:
-        entries: what the ledger has of trials now.
+        entries: what the ledger has now of the trials of this search.
+        planned: how many trials it has in all.
         on_end: called with the entry of each trial that ended.
     """
 
-    def __init__(self, study: Study, store: Store, entries: list[Entry], on_end: Callable[[Entry], None]) -> None:
+    def __init__(
+        self, study: Study, store: Store, entries: list[Entry], *, planned: int, on_end: Callable[[Entry], None]
+    ) -> None:
         self._study, self._store, self._on_end = study, store, on_end
         self._known = {entry.id: len(entry.failures) for entry in entries}
+        self._planned, self._ended = planned, {entry.id: entry for entry in entries if entry.ended is not None}
         self._actors: dict[str, Assignment] = {}
         self.error: Exception | None = None
         self.events = 0  # trials ended and attempts failed: whether a search gets on at all
@@ -73,6 +78,21 @@ class Faults:
         if entry is not None:
             self.events += 1
             self.guard(lambda: self._on_end(entry))
+            self._ended[entry.id] = entry
+            self.guard(self.check_share)
+
+    def check_share(self) -> None:
+        """Raise TrialError where so many trials failed that the rest are not worth their cost."""
+        failed, most = failures.failed_trials(self._ended.values()), self._study.search.max_failed
+        if len(failed) < _FEWEST or len(failed) <= most * self._planned or len(self._ended) >= self._planned:
+            return
+        raise TrialError(
+            f"{len(failed)} of {self._planned} planned trials failed ({len(failed) / self._planned:.0%}), more than "
+            f"search.max_failed={most:g} allows; most often {failures.reasons(failed)[0]}",
+            where=self._store.uri,
+            fix=f"read {failures.traceback_name(failed[0][0])} there, and mend the cause; or let the others run, with "
+            "--set search.max_failed=1",
+        )
 
     def is_over(self, task: Assignment, error: BaseException) -> bool:
         """Take note of an attempt that Ray saw fail; return whether the trial is over.

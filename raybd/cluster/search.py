@@ -121,17 +121,14 @@ def run_search(
         on_epoch: called with trial, epoch, accuracy and ASR (search half) as they come in.
         on_end: called with the ledger entry of each trial that ended, whatever its state.
 
-    Errors: StorageError where the run directory fails, ClusterError where Ray does; in both the trials that run are
-        left to the next call.
+    Errors: TrialError where too many trials failed; StorageError where the run directory fails, ClusterError where Ray
+        does. The trials that run are then left to the next call.
     """
     idle = 0
     while idle < _IDLE_ROUNDS:
-        entries = Ledger(store).entries(Kind.TRIAL)
-        faults = Faults(study, store, entries, on_end)
-        searcher = LedgerSearcher(study, pretrain_ids, entries, faults.settled)
-        if not searcher.remaining:
+        faults = _search(study, pretrain_ids, store, share, carry_out, on_epoch=on_epoch, on_end=on_end)
+        if faults is None:
             return
-        _search(study, store, share, carry_out, searcher, faults, on_epoch=on_epoch)
         # Ray may end with trials left: its out-of-memory killer stops Tune, an actor that cannot be used again is
         # dropped with its trial. The ledger knows what is left.
         idle = 0 if faults.events else idle + 1
@@ -140,15 +137,22 @@ def run_search(
 
 def _search(
     study: Study,
+    pretrain_ids: Mapping[str, str],
     store: Store,
     share: Share,
     carry_out: CarryOut,
-    searcher: LedgerSearcher,
-    faults: Faults,
     *,
     on_epoch: Callable[[str, int, float, float], None],
-) -> None:
-    """Let Tune run what is left, until it is done or an error ends it."""
+    on_end: Callable[[Entry], None],
+) -> Faults | None:
+    """Let Tune run what the ledger has not as ended, until it is done or an error ends it; None if nothing is left."""
+    every = Ledger(store).entries(Kind.TRIAL)
+    entries = [entry for entry in every if entry.started["pretrain_id"] in pretrain_ids.values()]
+    searcher = LedgerSearcher(study, pretrain_ids, entries, lambda task: faults.settled(task))
+    if not searcher.remaining:
+        return None
+    faults = Faults(study, store, entries, planned=searcher.planned, on_end=on_end)
+    faults.check_share()
     function = tune.with_parameters(_trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
@@ -180,3 +184,4 @@ def _search(
         searcher.close()
     if faults.error is not None:
         raise faults.error
+    return faults

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from raybd import pulse
 from raybd.data import limits
 from raybd.data.shards import NO_LABEL, Index, RawSample, Skipped, array_of_tuples, decode, make_index, samples
 from raybd.errors import DataError
@@ -34,6 +36,7 @@ from raybd.provenance import digest
 log = logging.getLogger(__name__)
 _FORMAT = 3
 _CHUNK = 256
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,13 @@ def _locked(home: Path) -> Iterator[None]:
     """Let one process of a machine at a time look for an entry and make it; the others wait and find it."""
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(home.parent / f".{home.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pulse.beat()
+                time.sleep(_POLL_SECONDS)
         yield
 
 

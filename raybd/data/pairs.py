@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from raybd import pulse
 from raybd.data.cache import Images
 from raybd.data.shards import Index, decode, samples
 from raybd.data.views import image_views, text_view
@@ -149,6 +150,7 @@ class CachedPairs:
         check_batches(len(self), batch_size, world_size)
         order_N = np.random.default_rng(fork(self._prepare.seed, "order", epoch)).permutation(len(self))
         for start, stop in bounds(len(self), steps(len(self), batch_size)):
+            pulse.beat()
             yield self._batch(order_N[start:stop][_first(start, rank, world_size) :: world_size], epoch)
 
     def _batch(self, rows: NDArray[np.int64], epoch: int) -> Batch:
@@ -207,6 +209,7 @@ class StreamedPairs:
         )
         items = (item for chunk in loader for item in chunk)
         for low, high in bounds(len(self), steps(len(self), batch_size)):
+            pulse.beat()
             count = len(range(low + _first(low, rank, world_size), high, world_size))
             yield self._batch([next(items) for _ in range(count)], epoch)
 

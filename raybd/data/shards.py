@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys
 
+from raybd import pulse
 from raybd.data import archive, braces, class_names, limits
 from raybd.errors import DataError
 from raybd.study import Data
@@ -155,6 +156,7 @@ def samples(url: str) -> Iterator[RawSample]:
     try:
         with fsspec.open(url, "rb") as stream:
             for row, sample in enumerate(group_by_keys(archive.files(stream, url))):
+                pulse.beat()
                 yield _raw(sample, row)
     except FileNotFoundError:
         raise DataError("no such shard", where=url) from None

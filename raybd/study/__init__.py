@@ -97,6 +97,8 @@ FREE_SETTINGS = (
     "search.num_trials",
     "search.retries",
     "search.retry_on",
+    "search.max_failed",
+    "search.hang_minutes",
     "data.cache_dir",
     "data.loader_workers",
 )

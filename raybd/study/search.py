@@ -5,7 +5,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from raybd import space as search_space
 from raybd.errors import Misfit
@@ -92,6 +100,16 @@ class Search(Section):
     retry_on: tuple[Annotated[Failure, AfterValidator(_may_pass)], ...] = Field(
         (Failure.DIED, Failure.HUNG, Failure.OUT_OF_MEMORY, Failure.ERROR),
         description="which failures are tried again: a loss that is not finite would be so again",
+    )
+    max_failed: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of all planned trials above which failures (five at least) end the search; 1: never",
+    )
+    hang_minutes: NonNegativeFloat = Field(
+        30.0,
+        description="a trial that finishes no step, batch or epoch for so long is ended, with a traceback; 0: never",
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,66 @@
+"""How far a run directory is, in lines of text: from its ledger, or from its tables where it has no ledger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from raybd import failures, tables
+from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.store import Store
+
+_OPEN = "running or interrupted"
+_SHOWN = 5  # reasons, and trials that are tried again
+
+
+def lines(store: Store) -> Iterator[str]:
+    """Yield what a person wants to know of a run: pretraining, trials by state, why some failed, where it stands."""
+    ledger = Ledger(store)
+    for entry in ledger.entries(Kind.PRETRAIN):
+        planned = entry.started["settings"]["epochs"]
+        where = "done" if entry.ended else _OPEN
+        yield f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}"
+    trials = ledger.entries(Kind.TRIAL)
+    if trials:
+        yield from _of_ledger(store, trials)
+    else:
+        yield from _of_tables(store)
+
+
+def _of_ledger(store: Store, trials: list[Entry]) -> Iterator[str]:
+    yield _states(str(entry.ended["state"]) if entry.ended else _OPEN for entry in trials)
+    yield from _failed(store, failures.failed_trials(trials))
+    again = [e for e in trials if e.failures and not (e.ended and e.ended["state"] == State.FAILED)]
+    if again:
+        yield f"tried again after failures: {len(again)}"
+    for entry in again[:_SHOWN]:
+        kinds = Counter(str(failure["kind"]) for failure in entry.failures)
+        how = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        yield f"  {entry.id}: {how}; {entry.ended['state'] if entry.ended else _OPEN}"
+
+
+def _of_tables(store: Store) -> Iterator[str]:
+    """Yield the same of a run whose trials others ran: imported ones have no ledger."""
+    # Timestamps as Python objects would load pandas, which takes as long as all the rest.
+    names = ["trial_id", "state", "error_type", "error_message"]
+    rows = tables.read(store, "trials").select(names).to_pylist()
+    yield _states(row["state"] for row in rows)
+    yield from _failed(
+        store,
+        [(row["trial_id"], row["error_type"], row["error_message"]) for row in rows if row["state"] == State.FAILED],
+    )
+
+
+def _states(found: Iterable[str]) -> str:
+    states = Counter(found)
+    return "trials: " + (", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet")
+
+
+def _failed(store: Store, failed: list[tuple[str, str | None, str | None]]) -> Iterator[str]:
+    found = failures.reasons(failed)
+    for reason in found[:_SHOWN]:
+        yield f"  {reason}"
+    if len(found) > _SHOWN:
+        yield f"  and {len(found) - _SHOWN} other reasons"
+    if any(store.exists(failures.traceback_name(trial_id)) for trial_id, *_ in failed[:_SHOWN]):
+        yield f"tracebacks: {store.path(failures.traceback_name('TRIAL'))}"
