@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from ray.tune.search import Searcher
 from raybd.assignment import settle
 from raybd.clean.trial import Assignment
 from raybd.cluster.searcher import LedgerSearcher, distribution, make_sampler, told
-from raybd.cluster.session import Share, resolve
+from raybd.cluster.session import Share, resolve, watched_head
 from raybd.errors import ClusterError, DataError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import epoch_rows, trial_row
@@ -557,6 +559,19 @@ def test_everything_auto_on_four_gpus_with_two_trials_on_each() -> None:
 )
 def test_how_many_trials_run_at_a_time(wanted: dict[str, Any], cpus: int, gpus: int, trials: int) -> None:
     assert resolve(Resources(**wanted), cpus=cpus, gpus=gpus).concurrent_trials == trials
+
+
+def test_a_head_that_is_gone_ends_what_runs_on_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with watched_head(address, seconds=0.5):
+            time.sleep(1.5)
+        with pytest.raises(KeyboardInterrupt), watched_head(address, seconds=0.5):  # the user's own
+            raise KeyboardInterrupt
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match="does not answer any more"), watched_head(address, seconds=0.5):
+        time.sleep(60)
+    assert time.monotonic() - began < 30
 
 
 def test_workers_share_the_cpus() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +36,7 @@ for _name, _value in {
 import ray
 
 _OBJECT_STORE_BYTES = 256 * 1024**2
+_HEAD_SECONDS = 20.0  # without an answer of the head, after which the cluster is gone
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
     Args:
         address: of a running cluster (`auto` for the one on this machine); None starts a local one.
 
-    Errors: ClusterError where there is no such cluster, or the study does not fit.
+    Errors: ClusterError where there is no such cluster, the study does not fit, or the head goes while it runs.
     """
     try:
         if address:
@@ -138,9 +142,54 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
         try:
             have = ray.cluster_resources()
             cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
-            yield replace(resolve(wanted, cpus=cpus, gpus=gpus, may_grow=address is not None), scratch=scratch)
+            share = resolve(wanted, cpus=cpus, gpus=gpus, may_grow=address is not None)
+            with watched_head(ray.get_runtime_context().gcs_address):
+                yield replace(share, scratch=scratch)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[None]:
+    """Interrupt the main thread, which runs the block, when the head of the cluster has been gone for so long.
+
+    Ray waits a minute for its head, and then ends the whole process with a message of its own.
+
+    Args:
+        address: host:port of the head's control service.
+
+    Errors: ClusterError, out of the block.
+    """
+    host, _, port = address.rpartition(":")
+    done, gone = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        seen = time.monotonic()
+        while not done.wait(min(2.0, seconds / 5)):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                seen = time.monotonic()
+            except OSError:
+                if time.monotonic() - seen > seconds:
+                    gone.set()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not gone.is_set():
+            raise
+        raise ClusterError(
+            f"the head of the Ray cluster does not answer any more, for {seconds:.0f} s",
+            where=address,
+            fix="start the cluster again, then call the same command: each trial goes on after its last finished epoch",
+        ) from None
+    finally:
+        done.set()
+        thread.join()
 
 
 def uninterrupted(function: Callable[[], Any]) -> Any:
