@@ -63,6 +63,10 @@ class Point:
         """What the point is called on the screen and in names of files."""
         return f"{self.trial_id or self.pretrain_id or Path(self.checkpoint).stem}-{self.epoch or 0:04d}"
 
+    def __post_init__(self) -> None:
+        if "/" in self.name:
+            raise CheckpointError("no id of a trial or a pretraining run", where=self.name, expected="ids without /")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -83,7 +87,11 @@ class Request:
 
 
 def study_of(store: Store) -> tuple[Study, Row]:
-    """Return the study of a run directory, and its whole record. Errors: StudyError where it holds numbers only."""
+    """Return the study of a run directory, and its whole record. Errors: StudyError where it holds numbers only.
+
+    Where decoded images are kept is for this machine to say: a run directory of somebody else would have us write
+    anywhere.
+    """
     record = json.loads(store.get("study.json"))
     if "kind" in record and record["kind"] != "study":
         raise StudyError(
@@ -91,7 +99,8 @@ def study_of(store: Store) -> tuple[Study, Row]:
             where=store.uri,
             fix="give a run directory that `raybd run` made",
         )
-    return Study.model_validate_json(json.dumps(record["study"])), record
+    study = Study.model_validate_json(json.dumps(record["study"]))
+    return study.model_copy(update={"data": study.data.model_copy(update={"cache_dir": None})}), record
 
 
 def points(store: Store, record: Row, chosen: Sequence[str] = ()) -> list[Point]:
@@ -114,7 +123,7 @@ def points(store: Store, record: Row, chosen: Sequence[str] = ()) -> list[Point]
     for row in tables.read(store, "fronts").to_pylist():
         # The front over all methods has no point that is on no method's own.
         shown = row["kind"] == "any_epoch" and row["method"] != ALL_METHODS
-        if shown and row["epoch"] and store.exists(row["checkpoint"]):
+        if shown and row["epoch"] and row["checkpoint"] and store.exists(row["checkpoint"]):
             names = ("checkpoint", "epoch", "pretrain_id", "objective", "method", "trial_id")
             found[row["checkpoint"]] = Point(**{name: row[name] for name in names})
     return kept + list(found.values())

@@ -7,7 +7,6 @@ was made from (shards with sizes and times, image size, which keys), written bes
 from __future__ import annotations
 
 import fcntl
-import getpass
 import hashlib
 import json
 import logging
@@ -69,7 +68,11 @@ def folder(cache_dir: str | None) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.access(os.path.dirname(base) or "/", os.W_OK):
         return Path(base) / "raybd"
-    return Path(tempfile.gettempdir()) / f"raybd-{getpass.getuser()}"
+    shared = Path(tempfile.gettempdir()) / f"raybd-{os.getuid()}"
+    shared.mkdir(mode=0o700, exist_ok=True)
+    if shared.is_symlink() or shared.stat().st_uid != os.getuid():
+        raise DataError("this cache is somebody else's", where=str(shared), fix="set RAYBD_CACHE to a folder of yours")
+    return shared
 
 
 def fingerprint(shards: Sequence[str]) -> str:
@@ -137,7 +140,9 @@ def load_images(
 def _locked(home: Path) -> Iterator[None]:
     """Let one process of a machine at a time look for an entry and make it; the others wait and find it."""
     home.parent.mkdir(parents=True, exist_ok=True)
-    with open(home.parent / f".{home.name}.lock", "w") as lock:
+    # No link is followed: others may write to a folder below /tmp.
+    lock = os.open(home.parent / f".{home.name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,6 +151,8 @@ def _locked(home: Path) -> Iterator[None]:
                 pulse.beat()
                 time.sleep(_POLL_SECONDS)
         yield
+    finally:
+        os.close(lock)
 
 
 def _read_all(shards: Sequence[str]) -> Iterator[tuple[int, RawSample]]:
