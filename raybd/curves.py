@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybd import parquet, tables
+from raybd import parquet, table_rules, tables
 from raybd.errors import DataError
 from raybd.ledger import Record, State
 from raybd.provenance import digest
@@ -116,15 +116,20 @@ def read(path: str) -> list[Curve]:
 
 def _from_table(path: str) -> list[Curve]:
     folder, _, name = (path if "://" in path else os.path.realpath(Path(path).expanduser())).rpartition("/")
-    table = parquet.read(Store(folder).get(name), where=path)
+    kinds = {**KINDS, **dict.fromkeys(_WHOSE, pa.string()), **dict.fromkeys(("epoch", *_COUNTS), pa.int64())}
+    table = parquet.read(Store(folder).get(name), where=path, columns=kinds)
     missing = [name for name in _NEEDED if name not in table.column_names]
     if missing:
         raise DataError(f"columns missing: {', '.join(missing)}", where=path, expected="a row for each epoch")
     known = [name for name in KINDS if name in table.column_names]
-    for name in known:
-        if (table.schema.field(name).type == pa.string()) != (KINDS[name] == pa.string()):
-            kind = table.schema.field(name).type
-            raise DataError(f"{name} is of type {kind}", where=path, expected=str(KINDS[name]))
+    for field in table.schema:
+        if pa.types.is_string(field.type) != pa.types.is_string(kinds[field.name]):
+            raise DataError(f"{field.name} is of type {field.type}", where=path, expected=str(kinds[field.name]))
+    try:
+        table = table.cast(pa.schema([(name, kinds[name]) for name in table.column_names]))
+    except pa.ArrowException as error:
+        raise DataError(f"columns of other types: {error}", where=path) from None
+    table_rules.check(table, table="curves", where=path)
     by_id: dict[str, Curve] = {}
     for place, row in enumerate(table.to_pylist()):
         settings = {name: row[name] for name in known if row[name] is not None}
@@ -138,11 +143,13 @@ def _from_table(path: str) -> list[Curve]:
                 f"row {place}: epoch {row['epoch']} of trial {own} is there twice, or with other settings", where=path
             )
         counted = {name: row[name] for name in _COUNTS}
-        if not all(isinstance(value, int) for value in counted.values()):
-            raise DataError(f"row {place}: counts must be whole numbers, got {counted}", where=path)
         # Of its columns only the number is the epoch's own: `lr` is the setting.
         epochs[row["epoch"]] = epoch_record({"epoch": row["epoch"]}, {"all": {**counted, "correct_triggered": None}})
     return list(by_id.values())
+
+
+def _beside(name: str, value: object) -> bool:
+    return name in BESIDE and isinstance(value, int)
 
 
 def epoch_record(row: Mapping[str, Any], counts: Mapping[str, Any]) -> Record:
@@ -160,10 +167,11 @@ def _from_run(store: Store) -> list[Curve]:
     found = []
     # Timestamps as Python objects would load pandas.
     for row in tables.read(store, "trials").drop_columns(["started", "ended"]).to_pylist():
-        if row["state"] != State.COMPLETE or row["trial_id"] not in epochs:
+        trained = [r for r in epochs.get(row["trial_id"], {}).values() if r["alpha"] is None]
+        if row["state"] != State.COMPLETE or not trained:
             continue
         known = {name: row[column] for name, (column, _) in tables.SETTINGS.items()}
-        known |= {name: value for name, value in json.loads(row["params_json"] or "{}").items() if name in BESIDE}
+        known |= {name: value for name, value in json.loads(row["params_json"] or "{}").items() if _beside(name, value)}
         settings = {name: value for name, value in known.items() if value is not None}
         whose = {name: row[name] for name in _WHOSE}
         found.append(Curve(**whose, settings=settings, epochs=epochs[row["trial_id"]]))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-
-# What would move the cursor of a terminal, or cannot be written to one: messages hold names from files.
-_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class RaybdError(Exception):
@@ -31,7 +27,7 @@ class RaybdError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.fix:
             lines.append(f"  to do: {self.fix}")
-        return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines))
+        return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.where, self.expected, self.fix))

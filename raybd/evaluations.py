@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
-from raybd import checkpoint, provenance, tables
+from raybd import checkpoint, provenance, run_record, tables
 from raybd.data import cache, prompts, shards
 from raybd.data.cache import Images
 from raybd.data.shards import Index
-from raybd.errors import CheckpointError, DataError, StudyError
+from raybd.errors import CheckpointError, DataError, StudyError, dotted
 from raybd.evaluate import Role, make_set, measure
 from raybd.fronts import ALL_METHODS, checkpoint_name
 from raybd.model import Clip, create, image_size, load_weights
@@ -92,14 +93,19 @@ def study_of(store: Store) -> tuple[Study, Row]:
     Where decoded images are kept is for this machine to say: a run directory of somebody else would have us write
     anywhere.
     """
-    record = json.loads(store.get("study.json"))
+    record = run_record.read(store)
     if "kind" in record and record["kind"] != "study":
         raise StudyError(
             f"holds no models to evaluate, only numbers ({record['kind']})",
             where=store.uri,
             fix="give a run directory that `raybd run` made",
         )
-    study = Study.model_validate_json(json.dumps(record["study"]))
+    record = run_record.read(store, needs=("study", "hash", "pretrain_ids"))
+    try:
+        study = Study.model_validate_json(json.dumps(record["study"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"study.{dotted(first['loc'])}: {first['msg']}", where=store.path("study.json")) from None
     return study.model_copy(update={"data": study.data.model_copy(update={"cache_dir": None})}), record
 
 

@@ -120,6 +120,15 @@ class Ledger:
         return [name for name in names if name.rsplit("/", 1)[1].startswith(prefix)]
 
     def _read(self, id: str, names: list[str]) -> Entry:
+        try:
+            entry = self._assembled(id, names)
+            _check(entry)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            where = self._store.path(names[0].rsplit("/", 1)[0])
+            raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
+        return entry
+
+    def _assembled(self, id: str, names: list[str]) -> Entry:
         last = {name.rsplit("/", 1)[1]: name for name in names}
         if "ended.json" in last:
             found = self._get(last["ended.json"])
@@ -145,5 +154,21 @@ class Ledger:
     def _get(self, name: str) -> Record:
         try:
             return dict(json.loads(self._store.get(name)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"not a ledger record: {error}", where=self._store.path(name)) from None
+
+
+def _check(entry: Entry) -> None:
+    """Raise TypeError where an entry is not made of records."""
+    for record in (
+        entry.started,
+        *entry.epochs.values(),
+        *entry.failures,
+        *([] if entry.ended is None else [entry.ended]),
+    ):
+        if not isinstance(record, dict):
+            raise TypeError(f"{record!r} is no record")
+    if not isinstance(entry.attempts, int):
+        raise TypeError(f"{entry.attempts!r} is no number of attempts")
+    if entry.ended is not None and not isinstance(entry.ended.get("state"), str | None):
+        raise TypeError(f"{entry.ended['state']!r} is no state")

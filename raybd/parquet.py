@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raybd.errors import DataError
 
 _TAIL = 8  # length of the footer, 4 bytes, and the mark at the end of a file
+# A few kilobytes may stand for any number of rows, and for any length of text in them.
+_MAX_CELLS = 20_000_000  # rows x columns
+_MAX_BYTES = 256 << 20  # of a file unpacked, and of all its texts
 
 
-def read(content: bytes, *, where: str) -> pa.Table:
+def read(content: bytes, *, where: str, columns: Collection[str]) -> pa.Table:
     """Return a Parquet file's columns as Parquet has them: numbers, texts, times; and its key-value metadata.
 
     The Arrow schema that a file may embed is not looked at: it can name extension types, and a process that has
     loaded Ray has one registered whose values are pickles, unpickled as soon as they are asked for.
+
+    Args:
+        columns: those to read; some may be missing.
 
     Errors: DataError.
     """
@@ -22,6 +31,40 @@ def read(content: bytes, *, where: str) -> pa.Table:
     # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length.
     plain = content[:start] + content[start:].replace(b"ARROW:schema", b"other:schema")
     try:
-        return pq.ParquetFile(pa.BufferReader(plain), arrow_extensions_enabled=False).read()
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(pa.BufferReader(plain), arrow_extensions_enabled=False)
+        found = [field for field in file.schema_arrow if field.name in columns]
+        texts = [field.name for field in found if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        _check(file.metadata, found, where)
+        file = pq.ParquetFile(pa.BufferReader(plain), arrow_extensions_enabled=False, read_dictionary=texts)
+        table = file.read(columns=[field.name for field in found])
+        length = sum(_length(chunk) for name in texts for chunk in table.column(name).chunks)
+        if length > _MAX_BYTES:
+            raise DataError(f"{length} bytes of text", where=where, expected=f"at most {_MAX_BYTES}")
+        table = table.cast(pa.schema(found, metadata=table.schema.metadata))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"not a readable Parquet file: {error}", where=where) from None
+    return table
+
+
+def _check(meta: pq.FileMetaData, found: list[pa.Field], where: str) -> None:
+    """Refuse a file that would take much memory. Errors: DataError."""
+    names = [field.name for field in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"columns that are there twice: {', '.join(twice)}", where=where)
+    for field in found:
+        if pa.types.is_nested(field.type):
+            raise DataError(f"column {field.name} holds {field.type}", where=where, expected="one value in each row")
+    groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+    rows = max(meta.num_rows, sum(group.num_rows for group in groups))
+    if rows * len(found) > _MAX_CELLS:
+        raise DataError(f"{rows} rows of {len(found)} columns", where=where, expected=f"at most {_MAX_CELLS} values")
+    if any(not 0 <= group.total_byte_size <= _MAX_BYTES for group in groups):
+        raise DataError("unpacks to too much", where=where, expected=f"at most {_MAX_BYTES} bytes")
+
+
+def _length(chunk: pa.Array) -> int:
+    """Return how many bytes the texts of a column take, each as often as it is there."""
+    if pa.types.is_dictionary(chunk.type):
+        return pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+    return pc.sum(pc.binary_length(chunk)).as_py() or 0

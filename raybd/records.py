@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
+from raybd.errors import DataError
 from raybd.ledger import Entry, State
 from raybd.metrics import SPLITS, Counts
 from raybd.study import TERMS
 from raybd.tables import SETTINGS
 
 Row = dict[str, Any]
+Rows = TypeVar("Rows")
 
 _TRAINING = ("epoch", "step", "samples_seen", "lr", "loss", "logit_scale", "broken")
 _TERMS = tuple(f"loss_{term}" for term in TERMS)  # those of weight 0 need not be in a record
@@ -26,6 +30,27 @@ def counts(record: Mapping[str, Any]) -> dict[str, Counts]:
     return {split: Counts(**record["counts"][split]) for split in (*SPLITS, "all") if split in record["counts"]}
 
 
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Raise a DataError where records lack something, or have it of another kind, within a `with`."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
+
+
+def _of_entry(rows: Callable[[Entry], Rows]) -> Callable[[Entry], Rows]:
+    """Let a function of an entry raise a DataError where it is not made of the records of a run."""
+
+    @wraps(rows)
+    def checked(entry: Entry) -> Rows:
+        with reading(f"ledger entry {entry.id}"):
+            return rows(entry)
+
+    return checked
+
+
+@_of_entry
 def pretrain_rows(entry: Entry) -> list[Row]:
     """Return the `pretrain_epochs` rows of a pretraining run; both halves of the evaluation set are counted."""
     same = {name: entry.started[name] for name in ("study", "study_hash", "pretrain_id", "objective")}
@@ -43,6 +68,7 @@ def pretrain_rows(entry: Entry) -> list[Row]:
     return rows
 
 
+@_of_entry
 def epoch_rows(entry: Entry) -> list[Row]:
     """Return the `epochs` rows of a trial: two for each epoch, one for each half of the evaluation set."""
     names = ("study", "study_hash", "trial_id", "pretrain_id", "objective", "method")
@@ -61,6 +87,7 @@ def epoch_rows(entry: Entry) -> list[Row]:
     ]
 
 
+@_of_entry
 def attack_rows(entry: Entry) -> list[Row]:
     """Return the `attacks` rows of a pretraining run or a trial: none where there is but one attack and no control."""
     same = {name: entry.started[name] for name in ("study", "study_hash", "pretrain_id", "objective")}
@@ -96,12 +123,16 @@ def attack_lines(rows: Sequence[Row], *, epoch: int) -> list[str]:
 
 def trigger_text(trigger: str) -> str:
     """Return a trigger's settings, given as JSON, in few words."""
-    settings = json.loads(trigger)
-    name = settings.pop("name")
+    try:
+        settings = json.loads(trigger)
+        name = settings.pop("name")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return trigger  # somebody else's
     rest = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items())
     return f"{name} ({', '.join(rest)})" if settings else str(name)
 
 
+@_of_entry
 def trial_row(entry: Entry) -> Row:
     """Return the `trials` row of a trial, running or ended."""
     started, ended = entry.started, entry.ended or {}

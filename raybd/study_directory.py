@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from raybd import fronts, tables
+from raybd import fronts, run_record, tables
 from raybd.assignment import CarryOut, remove_leftovers, settle
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
@@ -56,7 +55,7 @@ class StudyDirectory:
         """Return the record of a run directory to go on with; None for a new one, or one where nothing was done."""
         if not self.store.exists("study.json"):
             return None
-        earlier: dict[str, Any] = json.loads(self.store.get("study.json"))
+        earlier = run_record.read(self.store)
         kind = earlier.get("kind", "study")
         if kind != self.kind:
             raise StudyError(

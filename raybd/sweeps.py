@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from raybd import curves, fronts, provenance, tables
+from raybd import curves, fronts, provenance, run_record, tables
 from raybd.curves import BESIDE, KINDS, Curve
 from raybd.errors import DataError
 from raybd.ledger import Record, State
@@ -283,7 +283,7 @@ def _baselines(path: Path, like: _Row) -> dict[str, Mapping[str, int]]:
 
 
 def _write(store: Store, found: Sequence[Curve], rows: Mapping[Any, _Row], record: Mapping[str, Any]) -> None:
-    if store.exists("study.json") and json.loads(store.get("study.json")).get("hash") != record["hash"]:
+    if store.exists("study.json") and run_record.read(store).get("hash") != record["hash"]:
         raise DataError("holds another run", where=store.uri, fix="give another folder, or remove this one")
     same = {"study": record["study"]["name"], "study_hash": record["hash"]}
     epochs, trials = [], []

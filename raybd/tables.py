@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybd import parquet
+from raybd import parquet, table_rules
 from raybd.errors import DataError
 from raybd.store import Store
 from raybd.study import TERMS
@@ -228,7 +229,8 @@ TIMES = frozenset({"started", "ended", "device_seconds", "node", *(name for name
 def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one part of a table, whole or not at all; a part of the same name is replaced.
 
-    Errors: DataError on a row with a key that the schema does not have, or a part whose name leads elsewhere.
+    Errors: DataError on a row with a key that the schema does not have or a value of another type, or a part whose
+        name leads elsewhere.
     """
     if "/" in part:
         raise DataError(f"no name of a part: {part!r}", where=f"tables/{table}", expected="a name without /")
@@ -236,7 +238,11 @@ def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]
     for row in rows:
         if extra := set(row) - set(schema.names):
             raise DataError(f"row has columns that {table} has not: {sorted(extra)}", where=f"tables/{table}/{part}")
-    found = pa.Table.from_pylist([{name: _utf8(value) for name, value in row.items()} for row in rows], schema=schema)
+    texts = [{name: _utf8(value) for name, value in row.items()} for row in rows]
+    try:
+        found = pa.Table.from_pylist(texts, schema=schema)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"row has values of other types: {error}", where=f"tables/{table}/{part}") from None
     sink = pa.BufferOutputStream()
     metadata = {"raybd.schema_version": str(SCHEMA_VERSION), "raybd.table": table}
     pq.write_table(found.replace_schema_metadata(metadata), sink, compression="zstd")
@@ -251,25 +257,31 @@ def _utf8(value: Any) -> Any:
 def read(store: Store, table: str) -> pa.Table:
     """Read all parts of a table, in the order of their names; empty if there is none.
 
-    Errors: DataError that names a part which is damaged or written by a newer raybd.
+    Errors: DataError that names a part which is damaged, written by another raybd, or has rows that cannot be.
     """
     schema = SCHEMAS[table]
     found = []
     for name in store.names(f"tables/{table}", suffix=".parquet"):
-        part = parquet.read(store.get(name), where=store.path(name))
+        where = store.path(name)
+        part = parquet.read(store.get(name), where=where, columns=schema.names)
         version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")
         if version != str(SCHEMA_VERSION).encode():
             raise DataError(
                 f"schema version {version.decode(errors='replace') or 'missing'}",
-                where=store.path(name),
+                where=where,
                 expected=f"version {SCHEMA_VERSION}",
                 fix="read it with the raybd that wrote it, or remove the part",
             )
         missing = [field for field in schema.names if field not in part.schema.names]
         if missing:
-            raise DataError(f"columns missing: {', '.join(missing)}", where=store.path(name))
+            raise DataError(f"columns missing: {', '.join(missing)}", where=where)
         try:
-            found.append(part.select(schema.names).cast(schema))
+            rows = part.select(schema.names).cast(schema)
         except pa.ArrowException as error:
-            raise DataError(f"columns of other types: {error}", where=store.path(name)) from None
+            raise DataError(f"columns of other types: {error}", where=where) from None
+        table_rules.check(rows, table=table, where=where)
+        found.append(rows)
+    if table == "epochs" and found:
+        points = [rows.select(table_rules.POINT).to_pylist() for rows in found]
+        table_rules.check_points(itertools.chain.from_iterable(points), where=store.path(f"tables/{table}"))
     return pa.concat_tables(found).replace_schema_metadata() if found else schema.empty_table()

@@ -98,6 +98,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     cleaned = checkpoint_name("mmcl-0", 2)
     store.put(cleaned, checkpoint.to_bytes(spread(7).net.state_dict()))
     same = {"study": "tiny", "pretrain_id": ids["mmcl"], "objective": "mmcl", "method": "cleanclip"}
+    same |= {"study_hash": "h", "zeroshot_top1": 0.5, "asr_top1": 0.5}
     epochs = [
         {**same, "trial_id": "mmcl-0", "epoch": epoch, "split": split}
         for epoch in range(3)
@@ -113,6 +114,8 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
             "kind": kind,
             "split": split,
             "checkpoint": name,
+            "hv_contribution": 0.1,
+            "hypervolume": 0.2,
         }
         for method in ("cleanclip", "all")
         for epoch, name in ((0, f"pretrained/{ids['mmcl']}.safetensors"), (1, "weights/gone"), (2, cleaned))

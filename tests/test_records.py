@@ -176,12 +176,13 @@ def test_tables_round_trip_in_the_order_of_parts(store: Store) -> None:
 
 
 def test_columns_without_values_keep_their_types(store: Store) -> None:
-    tables.write(store, "epochs", "t", [{"study": "s", "epoch": 1}])
-    part = pq.read_table(store.path("tables/epochs/t.parquet"))
+    known = {"study": "s", "study_hash": "h", "pretrain_id": "p", "objective": "mmcl", "epoch": 1}
+    tables.write(store, "pretrain_epochs", "t", [known])
+    part = pq.read_table(store.path("tables/pretrain_epochs/t.parquet"))
     assert part.schema.field("loss").type == pa.float64()
     assert part.schema.field("broken").type == pa.int64()
-    row = tables.read(store, "epochs").to_pylist()[0]
-    assert {name for name, value in row.items() if value is not None} == {"study", "epoch"}
+    row = tables.read(store, "pretrain_epochs").to_pylist()[0]
+    assert {name: value for name, value in row.items() if value is not None} == known
 
 
 def test_rows_with_unknown_keys_are_refused_and_nothing_is_written(store: Store) -> None:

@@ -144,7 +144,7 @@ def _matched(filesystem: Any, path: str, field_name: str) -> list[str]:
 def _filesystem(url: str, field_name: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # file systems of others raise whatever they happen to
         raise DataError(f"cannot open {url}: {error}", where=field_name) from None
 
 

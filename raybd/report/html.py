@@ -18,9 +18,8 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from raybd import analysis, pareto, tables
+from raybd import analysis, pareto, run_record, tables
 from raybd import fronts as front_maths
-from raybd.errors import DataError
 from raybd.fronts import ALL_METHODS
 from raybd.metrics import ALIKE, STRONG, wilson
 from raybd.plain import plain
@@ -49,7 +48,7 @@ def build(store: Store) -> bytes:
 
     Errors: DataError if it is no run directory, or if a table is damaged.
     """
-    record = _record(store)
+    record = run_record.read(store)
     found = {name: tables.read(store, name).to_pylist() for name in tables.SCHEMAS}
     if not found["fronts"]:
         found["fronts"] = front_maths.compute(found["epochs"], found["trials"])
@@ -85,20 +84,6 @@ def build(store: Store) -> bytes:
 def _shown(value: Any) -> Any:
     """Return a value of the template as it is put into the page: texts with nothing invisible in them."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else plain(value)
-
-
-def _record(store: Store) -> dict[str, Any]:
-    where = store.path("study.json")
-    if not store.exists("study.json"):
-        fix = "give the folder that `raybd run` made"
-        raise DataError("not a run directory: it has no study.json", where=where, fix=fix)
-    try:
-        record = json.loads(store.get("study.json"))
-    except ValueError as error:
-        raise DataError(f"not readable as JSON: {error}", where=where) from None
-    if not isinstance(record, dict) or not isinstance(record.get("study"), dict):
-        raise DataError("holds no resolved study", where=where, expected='{"study": {...}, "hash": ..., ...}')
-    return record
 
 
 def _moment(iso: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from raybd import failures, tables
 from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.records import reading
 from raybd.store import Store
 
 _OPEN = "running or interrupted"
@@ -14,7 +15,15 @@ _SHOWN = 5  # reasons, and trials that are tried again
 
 
 def lines(store: Store) -> Iterator[str]:
-    """Yield what a person wants to know of a run: pretraining, trials by state, why some failed, where it stands."""
+    """Yield what a person wants to know of a run: pretraining, trials by state, why some failed, where it stands.
+
+    Errors: DataError where ledger or tables are not those of a run.
+    """
+    with reading(store.path("ledger")):
+        yield from _lines(store)
+
+
+def _lines(store: Store) -> Iterator[str]:
     ledger = Ledger(store)
     for entry in ledger.entries(Kind.PRETRAIN):
         planned = entry.started["settings"]["epochs"]

@@ -273,9 +273,3 @@ def test_of_many_mistakes_some_are_shown_and_all_are_counted() -> None:
         study_file.parse("name: t\npoison: {num_poisoned: 1}\n" + "".join(f"k{i}: 1\n" for i in range(500)), source="s")
     assert caught.value.what.startswith("500 mistakes in the study")
     assert caught.value.what.endswith("and 450 more")
-
-
-def test_no_message_moves_a_terminals_cursor() -> None:
-    with pytest.raises(study_file.StudyError) as caught:
-        study_file.parse('"\\e[2J": 1', source="\ud800.yaml")
-    assert "\\ud800.yaml:1: \\x1b[2J: unknown key" in str(caught.value)

@@ -1,0 +1,130 @@
+"""What rows of tables can be: a table may come from anyone, and what reads it relies on these rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raybd.errors import DataError
+
+_WHOSE = ("pretrain_id", "objective")
+_POINT = ("trial_id", "method", "epoch", "split", "zeroshot_top1", "asr_top1")
+# What tells a row of the table `epochs` from others.
+POINT = ("trial_id", "epoch", "objective", "pretrain_id", "method", "split")
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "poison_plan": ("key", "trigger", "target_class", "caption_before", "caption_after"),
+    "pretrain_epochs": (*_WHOSE, "epoch"),
+    "attacks": (*_WHOSE, "epoch", "split", "role", "trigger", "target_class", "n_triggered", "hit_target", "asr_top1"),
+    "trials": (*_WHOSE, "trial_id", "method", "state"),
+    "epochs": (*_WHOSE, *_POINT),
+    "fronts": (*_WHOSE, *_POINT, "kind", "hv_contribution", "hypervolume"),
+    "curves": ("objective", "method", "epoch", "n_clean", "correct_clean", "n_triggered", "hit_target"),
+    "evaluations": (*_WHOSE, "epoch", "checkpoint", "task", "data", "split"),
+}
+_ONE_OF = {
+    "split": ("search", "report", "all"),
+    "state": ("running", "complete", "stopped", "failed"),
+    "kind": ("any_epoch", "final"),
+}
+_PARTS = (
+    ("correct_clean", "n_clean"),
+    ("hit_target", "n_triggered"),
+    ("correct_triggered", "n_triggered"),
+)
+_OBJECTS = ("params_json",)
+_LEAST = {"n_clean": 1, "n_triggered": 1}
+_MOST = {"epoch": 1_000_000}
+_LARGEST = 10**15  # and more of anything nobody has counted
+_UNKNOWN = ("baseline_top1", "baseline_asr")  # NaN where the poisoned model was not measured
+_EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
+
+
+def check(rows: pa.Table, *, table: str, where: str) -> None:
+    """Refuse rows that cannot be: shares beyond 0 … 1, negative counts, nulls where something must be.
+
+    Errors: DataError that names the first such row, from 0, and its column.
+    """
+    for name, bad, expected in _faults(rows, table):
+        place = pc.index(bad, True).as_py()
+        if place >= 0:
+            raise DataError(
+                f"row {place}: {name} is {_shown(rows.column(name)[place])}", where=where, expected=expected
+            )
+    for name in set(_OBJECTS) & set(rows.schema.names):
+        for text in rows.column(name).unique().to_pylist():
+            if text is not None and not _is_object(text):
+                raise DataError(f"{name} is {text[:80]!r}", where=where, expected="a JSON object")
+
+
+def _faults(rows: pa.Table, table: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield columns with the rows, as a mask, in which they cannot be so, and what was expected."""
+    for name in _REQUIRED[table]:
+        yield name, pc.is_null(rows.column(name)), "a value"
+    for field in rows.schema:
+        column = rows.column(field.name)
+        if field.name in _ONE_OF:
+            known = _ONE_OF[field.name]
+            yield field.name, pc.invert(pc.is_in(column, pa.array(known))), ", ".join(known)
+        elif pa.types.is_integer(field.type) and field.name != "seed":
+            least, most = _LEAST.get(field.name, 0), _MOST.get(field.name, _LARGEST)
+            yield field.name, _outside(column, least, most), f"{least} … {most}"
+        elif pa.types.is_timestamp(field.type):
+            yield field.name, _outside(column, _EARLIEST, _LATEST), "a time"
+        elif _is_share(field):
+            bad = _outside(column, 0.0, 1.0)
+            nan = pc.is_nan(column)
+            yield field.name, pc.and_not(bad, nan) if field.name in _UNKNOWN else pc.or_(bad, nan), "a share, 0 … 1"
+        elif pa.types.is_floating(field.type):
+            yield field.name, pc.is_inf(column), "a finite number"
+    for part, whole in _PARTS:
+        if part in rows.schema.names and whole in rows.schema.names:
+            yield part, pc.greater(rows.column(part), rows.column(whole)), f"at most {whole}"
+
+
+def _outside(column: Any, low: object, high: object) -> Any:
+    return pc.or_(pc.less(column, pa.scalar(low, column.type)), pc.greater(column, pa.scalar(high, column.type)))
+
+
+def _is_share(field: pa.Field) -> bool:
+    """Say whether a column holds shares; `…_at_5_hits` and the like are counts."""
+    ending = field.name.endswith("_top1") or "_at_" in field.name
+    return pa.types.is_floating(field.type) and (ending or field.name in ("leaked_share", "baseline_asr"))
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return repr(value.as_py())[:100]
+    except (ValueError, OverflowError):  # a time beyond those of Python
+        return str(value.value)
+
+
+def check_points(rows: Iterable[Mapping[str, Any]], *, where: str) -> None:
+    """Refuse epochs that are there twice, or on one half of the evaluation set alone.
+
+    Args:
+        rows: of the table `epochs`, all parts, the columns `POINT`.
+
+    Errors: DataError that names the trial and the epoch.
+    """
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in POINT[:-1]), []).append(row["split"])
+    for (trial, epoch, *_), splits in found.items():
+        if sorted(splits) not in (["all"], ["report", "search"]):
+            raise DataError(
+                f"epoch {epoch} of trial {trial} has the splits {', '.join(splits)}",
+                where=where,
+                expected="search and report once each, or all",
+            )
