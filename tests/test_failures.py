@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RaySystemError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
 
 from raybd import failures
 from raybd.assignment import Assignment, settle, start_record
@@ -295,7 +295,18 @@ def test_rays_out_of_memory_killer_is_told_from_other_deaths(store: Store) -> No
     faults.broke_off(error)
     (entry,) = Ledger(store).entries(Kind.TRIAL)
     assert [(found["kind"], entry.id) for found in entry.failures] == [("out_of_memory", TASK.trial_id)]
-    assert faults.error is None
+    assert (entry.ended, faults.error) == (None, None)
+    faults.broke_off(error)  # and again: nobody but this one could end it
+    (entry,) = Ledger(store).entries(Kind.TRIAL)
+    assert entry.ended is not None
+    assert entry.ended["error_type"] == "out_of_memory"
+
+
+def test_an_actor_that_ran_out_of_memory_before_it_started_is_told_by_its_text(store: Store) -> None:
+    start(store)
+    faults_of(store).is_over(TASK, RayError(f"Failure # 1 (occurred at …)\n{OUT_OF_MEMORY}"))
+    (entry,) = Ledger(store).entries(Kind.TRIAL)
+    assert [found["kind"] for found in entry.failures] == ["out_of_memory"]
 
 
 def test_a_cluster_that_is_gone_is_an_error_of_its_own(store: Store) -> None:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # What Ray says of an actor whose machine went: no error class of its own tells it.
 _MACHINE_GONE = ("its node has died", "node was preempted", "owner has died")
+# And of one that its out-of-memory killer killed before it had started: there the error's class is lost.
+_LOW_ON_MEMORY = "running low on memory"
 _FEWEST = 5  # failures; fewer say little
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
@@ -122,7 +124,10 @@ class Faults:
         return False
 
     def broke_off(self, error: Exception) -> None:
-        """Take note of why Ray gave a whole search up. Errors: the error itself where it cannot go on."""
+        """Take note of why Ray gave a whole search up, which may be called again.
+
+        Errors: ClusterError where the cluster is gone; the error itself where it is neither that nor memory.
+        """
         causes = list(_chain(error))
         killed = next((cause for cause in causes if isinstance(cause, OutOfMemoryError)), None)
         if killed is None:
@@ -130,14 +135,13 @@ class Faults:
         # Tune takes Ray's out-of-memory killer for an error of its own and stops; it names the actors that it killed.
         named = set(re.findall(r"Selected to kill: \(?Actor\((\w+)\)", str(killed)))
         for actor, task in self._actors.items():
-            if any(name in actor for name in named):
-                self.is_over(task, killed)
-        self._actors.clear()
+            if any(name in actor for name in named) and self.is_over(task, killed):
+                self.ended(task)
 
 
 def _reason(error: BaseException, cause: BaseException) -> tuple[Failure, str]:
     """Return kind and message of a failure that the worker could not record itself."""
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, OutOfMemoryError) or _LOW_ON_MEMORY in str(error):
         return Failure.OUT_OF_MEMORY, "killed by Ray: its machine ran out of memory"
     if cause is not error:
         return failures.kind_of(cause), failures.message_of(cause)

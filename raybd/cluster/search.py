@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.stopper import Stopper
 
@@ -50,8 +50,11 @@ def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: C
     tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0, "ended": True})
 
 
-class _Watch(Callback):
-    """Passes on what happens to trials. Ray pickles callbacks with its snapshots: the listeners stay behind."""
+class _Watch(TrialProgressCallback):
+    """Passes on what happens to trials, in place of Ray's own callback, which prints it.
+
+    Ray pickles callbacks with its snapshots: the listeners stay behind.
+    """
 
     def __init__(self, faults: Faults, on_epoch: Callable[[str, int, float, float], None]) -> None:
         self._faults, self._on_epoch = faults, on_epoch
