@@ -159,7 +159,7 @@ class Ledger:
 
 
 def _check(entry: Entry) -> None:
-    """Raise TypeError where an entry is not made of records."""
+    """Raise TypeError or ValueError where an entry is not made of records, or of those of another run."""
     for record in (
         entry.started,
         *entry.epochs.values(),
@@ -168,6 +168,9 @@ def _check(entry: Entry) -> None:
     ):
         if not isinstance(record, dict):
             raise TypeError(f"{record!r} is no record")
+    own = entry.started.get("trial_id", entry.started.get("pretrain_id", entry.id))
+    if own != entry.id:
+        raise ValueError(f"records of {own!r} under {entry.id!r}")
     if not isinstance(entry.attempts, int):
         raise TypeError(f"{entry.attempts!r} is no number of attempts")
     if entry.ended is not None and not isinstance(entry.ended.get("state"), str | None):

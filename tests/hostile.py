@@ -10,8 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+# Where Ray and others keep pickles, by the names that they look for: Tune, Train, searchers, Optuna, numpy.
+PLANTED = (
+    *("tuner.pkl", "trainable.pkl", "trainer.pkl", "ray/tuner.pkl", "ray/trainable.pkl", "ray/search-0a/tuner.pkl"),
+    *("ray/search-0a/trainable.pkl", "ray/search-0a/searcher-state-2025-01-01_00-00-00.pkl"),
+    *("ray/search-0a/search_gen_state-2025-01-01_00-00-00.json", "ray/search-0a/experiment_state-2025-01-01.json"),
+    *("ray/search-0a/basic-variant-state-2025-01-01.json", "ray/search-0a/trial_0/params.pkl"),
+    *("ray/search-0a/trial_0/checkpoint_000000/.metadata.pkl", "ray/search-0a/trial_0/checkpoint_000000/dict.pkl"),
+    *("ray/pretrain-0a/trainer.pkl", "ray/pretrain-0a/checkpoint_manager_snapshot.json", "ray/pretrain-0a/.train"),
+    *("ray/pretrain-0a/checkpoint_000000/state.pt", "ray/.validate_storage_marker", "optuna.pkl", "sampler.pkl"),
+    *("state/state.pkl", "pretrained/model.pt", "weights/mmcl-0000/model.pt", "errors/mmcl-0000.txt", "preview.png"),
+    *("tables/epochs/x.pkl", "tables/epochs/x.npy", "ledger/trials/mmcl-0000/x.pkl", "cache.npy", "driver.lock"),
+    *("progress/x.json", "report.html", "sitecustomize.py", "raybd.py", "torch.py", "conftest.py", "index.npz"),
+)
 
 
 class Canary:
@@ -91,3 +106,19 @@ def with_pickles(found: pa.Table, canary: Canary, *, column: str | None = None) 
     sink = pa.BufferOutputStream()
     pq.write_table(found.cast(pa.schema(plain, metadata=whole)), sink)
     return sink.getvalue().to_pybytes()
+
+
+def plant(run_dir: Path, canary: Canary) -> None:
+    """Put a pickle under each name of `PLANTED` into a run directory, and code under those of modules."""
+    for number, name in enumerate(PLANTED):
+        path = run_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mark = f"{number:02d}"
+        if path.suffix == ".npy":
+            sink = io.BytesIO()
+            np.save(sink, np.array([canary.object(mark)], dtype=object), allow_pickle=True)
+            path.write_bytes(sink.getvalue())
+        elif path.suffix == ".py":
+            path.write_text(f"import os; os.mkdir({str(canary.folder / mark)!r})")
+        else:
+            path.write_bytes(canary.pickled(mark))

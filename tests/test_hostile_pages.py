@@ -16,7 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from raybd import fronts, tables
-from raybd.report import html, text
+from raybd.report import figures, html, text
 from raybd.store import Store
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -90,7 +90,7 @@ def nasty_run(folder: Path, server: str) -> tuple[Store, list[str]]:
         known = {"lr": 1e-3, "epochs_planned": 1, "epochs_done": 1, "params_json": json.dumps(params)}
         failed = {"error_type": text_of("error_type"), "error_message": text_of("error_message")}
         failed |= {"stop_reason": text_of("stop_reason"), "node": text_of("node"), "device": text_of("device")}
-        trials.append(row("trials", **mine, **known, **failed, state=("complete", text_of("state"))[number]))
+        trials.append(row("trials", **mine, **known, **failed, state=("complete", "failed")[number]))
         for epoch in range(2):
             for split in ("search", "report"):
                 epochs.append(
@@ -225,3 +225,12 @@ def test_a_table_of_a_notebook_shows_attacks_as_text() -> None:
     assert found.loads == []
     for cell in cells:
         assert " ".join(cell.split()) in found.text
+
+
+def test_figures_draw_any_name() -> None:
+    """Neither formulas that are none, nor letters that the font has not, nor a name of a megabyte."""
+    for name in ("$\\frac{1}{0$", "\u65e5\u672c \U0001f600", "x" * 1_000_000, "", "\n" * 100):
+        whose = {"objective": name, "pretrain_id": name, "trial_id": name, "method": name}
+        rows = [row("epochs", **whose, split="all", epoch=epoch, **rates(0.7, 0.9 - epoch / 2)) for epoch in range(2)]
+        fronts_ = fronts.compute(rows, [])
+        assert len(figures.svg(figures.front_figure(rows, fronts_, split="all"))) < 1_000_000

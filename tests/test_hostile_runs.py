@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import Canary
+from hostile import Canary, plant
 from test_evaluations import TINY, shard, small, spread
 from typer.testing import CliRunner, Result
 
@@ -29,19 +28,6 @@ from raybd.train.pretraining import start_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 runner = CliRunner()
-# Where Ray and others keep pickles, by the names that they look for: Tune, Train, searchers, Optuna, numpy.
-PLANTED = (
-    *("tuner.pkl", "trainable.pkl", "trainer.pkl", "ray/tuner.pkl", "ray/trainable.pkl", "ray/search-0a/tuner.pkl"),
-    *("ray/search-0a/trainable.pkl", "ray/search-0a/searcher-state-2025-01-01_00-00-00.pkl"),
-    *("ray/search-0a/search_gen_state-2025-01-01_00-00-00.json", "ray/search-0a/experiment_state-2025-01-01.json"),
-    *("ray/search-0a/basic-variant-state-2025-01-01.json", "ray/search-0a/trial_0/params.pkl"),
-    *("ray/search-0a/trial_0/checkpoint_000000/.metadata.pkl", "ray/search-0a/trial_0/checkpoint_000000/dict.pkl"),
-    *("ray/pretrain-0a/trainer.pkl", "ray/pretrain-0a/checkpoint_manager_snapshot.json", "ray/pretrain-0a/.train"),
-    *("ray/pretrain-0a/checkpoint_000000/state.pt", "ray/.validate_storage_marker", "optuna.pkl", "sampler.pkl"),
-    *("state/state.pkl", "pretrained/model.pt", "weights/mmcl-0000/model.pt", "errors/mmcl-0000.txt", "preview.png"),
-    *("tables/epochs/x.pkl", "tables/epochs/x.npy", "ledger/trials/mmcl-0000/x.pkl", "cache.npy", "driver.lock"),
-    *("progress/x.json", "report.html", "sitecustomize.py", "raybd.py", "torch.py", "conftest.py", "index.npz"),
-)
 
 
 def overrides(root: Path) -> list[str]:
@@ -120,28 +106,13 @@ def commands(store: Store, root: Path) -> list[list[str]]:
     return [*([name, store.root] for (name,) in readers), again, ["report", store.root]]
 
 
-def plant(store: Store, canary: Canary) -> None:
-    for number, name in enumerate(PLANTED):
-        path = Path(store.root) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mark = f"{number:02d}"
-        if path.suffix == ".npy":
-            sink = io.BytesIO()
-            np.save(sink, np.array([canary.object(mark)], dtype=object), allow_pickle=True)
-            path.write_bytes(sink.getvalue())
-        elif path.suffix == ".py":
-            path.write_text(f"import os; os.mkdir({str(canary.folder / mark)!r})")
-        else:
-            path.write_bytes(canary.pickled(mark))
-
-
 def test_no_command_loads_a_pickle_of_a_run_directory(
     store: Store, root: Path, canary: Canary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also from within it, and with what Ray registers for Parquet loaded."""
     import ray.data  # noqa: F401
 
-    plant(store, canary)
+    plant(Path(store.root), canary)
     canary.proves((Path(store.root) / "ray/tuner.pkl").read_bytes())
     np.load(Path(store.root) / "cache.npy", allow_pickle=True)
     canary.wipe()
@@ -173,6 +144,7 @@ def front(store: Store, **values: Any) -> None:
     """Write a front of one point."""
     same = {"study": "tiny", "pretrain_id": "x", "objective": "mmcl", "method": "cleanclip", "kind": "any_epoch"}
     same |= {"split": "report", "epoch": 1, "trial_id": "mmcl-0000", "zeroshot_top1": 0.5, "asr_top1": 0.5}
+    same |= {"hv_contribution": 0.25, "hypervolume": 0.25}
     tables.write(store, "fronts", "mmcl", [{**same, **values}])
 
 
@@ -214,6 +186,22 @@ def test_a_record_does_not_say_where_images_are_cached(store: Store, tmp_path: P
     store.put("study.json", json.dumps(record).encode())
     assert call("evaluate", store.root).exit_code == 0
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_ledger_that_names_places_elsewhere_is_not_gone_on_with(store: Store, root: Path) -> None:
+    ended = json.loads(store.get("ledger/trials/mmcl-0000/ended.json"))
+    ended["started"] |= {
+        "trial_id": "../../../precious",
+        "objective": "../../../precious",
+        "pretrain_id": "../precious",
+    }
+    store.put("ledger/trials/mmcl-0000/ended.json", json.dumps(ended).encode())
+    before = outside(store)
+    for command in (["status", store.root], commands(store, root)[4]):
+        result = call(*command)
+        assert isinstance(result.exception, DataError), result.output
+        assert "records of '../../../precious' under 'mmcl-0000'" in str(result.exception)
+    assert outside(store) == before
 
 
 def test_weights_behind_a_link_are_not_removed(store: Store, root: Path) -> None:

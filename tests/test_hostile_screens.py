@@ -198,7 +198,8 @@ def test_errors_are_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_a_message_that_is_no_text_goes_into_tables_escaped(tmp_path: Path) -> None:
     """Python puts bytes of file names that are no UTF-8 into messages as halves of surrogate pairs."""
     store = Store(str(tmp_path))
-    tables.write(store, "trials", "t", [row("trials", error_message="no such file: caf\udce9.tar")])
+    known = {"pretrain_id": "p", "objective": "o", "trial_id": "t", "method": "m", "state": "failed"}
+    tables.write(store, "trials", "t", [row("trials", **known, error_message="no such file: caf\udce9.tar")])
     assert tables.read(store, "trials")["error_message"].to_pylist() == [r"no such file: caf\udce9.tar"]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hostile import Canary, plant
 
 from raybd import fronts, study_file, tables
 from raybd.cluster.searcher import LedgerSearcher
@@ -188,11 +189,15 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_numbers(finished: tuple[
     assert f"raybd run {TINY} --run-dir {run_dir}" in printed
     signal_when(start(TINY, run_dir), signal.SIGKILL, lambda: pretraining_is_under_way("mmcl_ssl"))
     signal_when(start(TINY, run_dir), signal.SIGKILL, second_trial_is_under_way)
+    # What Ray would go on from, if it were asked: it is neither asked nor trusted.
+    canary = Canary(tmp_path / "canary")
+    plant(run_dir, canary)
     stamps = {
         name: Path(store.path(name)).stat().st_mtime_ns for name in store.names("ledger") if name.endswith("ended.json")
     }
     assert stamps
     finish(start(TINY, run_dir))
+    assert canary.fired == []
     for name, stamp in stamps.items():
         assert Path(store.path(name)).stat().st_mtime_ns == stamp, f"{name} was done again"
     for table in tables.SCHEMAS:
