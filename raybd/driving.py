@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Iterator
@@ -9,12 +10,12 @@ from contextlib import contextmanager
 
 import typer
 
+from raybd import signals
 from raybd.console import View
+from raybd.errors import LockedError
 from raybd.lock import only_driver
 from raybd.store import Store
 from raybd.study import Study
-
-INTERRUPTED = 130
 
 
 @contextmanager
@@ -23,10 +24,21 @@ def driving(study: Study, run_dir: str, view: View) -> Iterator[Store]:
 
     Errors: LockedError where another driver holds it; typer.Exit where the block was interrupted.
     """
+
+    def how_to_go_on() -> None:
+        with contextlib.suppress(OSError):
+            view.line(f"\ninterrupted; what is done is kept. To go on:\n  {shlex.join(['raybd', *sys.argv[1:]])}")
+
     store = Store(run_dir, patience=study.resources.storage_patience)
     try:
-        with only_driver(store):
+        with signals.interruptible(how_to_go_on), only_driver(store):
             yield store
-    except KeyboardInterrupt:
-        view.line(f"\ninterrupted; what is done is kept. To go on:\n  {shlex.join(['raybd', *sys.argv[1:]])}")
-        raise typer.Exit(INTERRUPTED) from None
+    except LockedError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        # On the way down much may fail: Ray, for one, may have had the signal too.
+        if not signals.received():
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            how_to_go_on()
+        raise typer.Exit(signals.INTERRUPTED) from None

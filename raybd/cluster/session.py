@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raybd import signals
 from raybd.errors import ClusterError
 from raybd.study import Resources
 
@@ -132,12 +133,18 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
                 logging_level=logging.ERROR,
                 object_store_memory=_OBJECT_STORE_BYTES,
             )
+    except SystemExit:
+        # While it starts Ray answers SIGTERM itself. What it has started dies with this process.
+        signals.interrupt()
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"cannot reach Ray: {str(error).splitlines()[0]}",
             where=f"--address {address}" if address else "",
             fix="start the cluster with `ray up cluster.yaml`, or leave --address out to run on this machine",
         ) from None
+    finally:
+        signals.arm()
     with tempfile.TemporaryDirectory(prefix="raybd-", ignore_cleanup_errors=True) as scratch:
         try:
             have = ray.cluster_resources()
@@ -147,6 +154,7 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
                 yield replace(share, scratch=scratch)
         finally:
             ray.shutdown()
+            signals.arm()
 
 
 @contextmanager

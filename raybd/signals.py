@@ -1,0 +1,95 @@
+"""Ctrl-C, the notice of a spot machine (SIGTERM) and a closed terminal (SIGHUP) end a command in one way.
+
+The first raises KeyboardInterrupt in the main thread, whatever it does; later ones change nothing. A process that does
+not end by itself in time is ended: a spot machine goes 30 seconds after its notice or later.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+INTERRUPTED = 130
+GRACE_SECONDS = 20.0
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _State:
+    """What this process knows of signals: whether they interrupt it, and whether one has."""
+
+    armed = False
+    received = False
+    said = threading.Event()
+    last_words: Callable[[], None] = staticmethod(lambda: None)
+
+
+@contextmanager
+def interruptible(last_words: Callable[[], None]) -> Iterator[None]:
+    """Let signals interrupt a block as Ctrl-C does; outside the main thread, where none arrives, do nothing.
+
+    Args:
+        last_words: called once when the first signal comes, in a thread of its own: a second signal may still end this
+            process before it comes to that by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    _State.armed, _State.received, _State.last_words = True, False, staticmethod(last_words)
+    _State.said.clear()
+    arm()
+    try:
+        yield
+    finally:
+        _State.armed = False
+        for number, handler in before.items():
+            # Once one has come the process ends: none of those that follow may break into that, nor into Python's own
+            # end, which takes every handler back but this one.
+            signal.signal(number, signal.SIG_IGN if _State.received else handler)
+
+
+def arm() -> None:
+    """Take the signals of an interruptible block back from Ray, which takes them when it starts and when it ends."""
+    if not _State.armed:
+        return
+    for number in _NUMBERS:
+        # Under nohup a closed terminal is nothing to end for.
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+
+
+def received() -> bool:
+    """Say whether this process was interrupted; if so, its last words are said when this returns."""
+    return _State.received and (_State.said.wait(timeout=2.0) or True)
+
+
+def interrupt() -> None:
+    """End an interruptible block as a signal does."""
+    if not _State.received:
+        _State.received = True
+        threading.Thread(target=_end, daemon=True).start()
+        raise KeyboardInterrupt
+
+
+def _handle(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        # Nobody reads on, and to write to a terminal that is gone is an error.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            if os.isatty(stream):
+                os.dup2(nowhere, stream)
+        os.close(nowhere)
+    interrupt()
+
+
+def _end() -> None:
+    """Say the last words, and end this process where it does not end by itself."""
+    _State.last_words()
+    _State.said.set()
+    time.sleep(GRACE_SECONDS)
+    os._exit(INTERRUPTED)

@@ -1,0 +1,105 @@
+"""Signals end a command that drives a run: at once, with the command that goes on, and without a traceback."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = """
+import sys, time
+from raybd import signals
+from raybd.cli import main
+from raybd.stages import Run
+signals.GRACE_SECONDS = 2.0
+
+def run(self, until):
+    try:
+        print("under way", flush=True)
+        time.sleep(60)
+    finally:
+        print("going down", flush=True)
+        time.sleep({down})
+Run.__init__ = lambda self, *_, **__: None
+Run.run = run
+sys.argv = ["raybd", "run", "demo", "--run-dir", sys.argv[1]]
+main()
+"""
+
+
+def start(run_dir: Path, *, down: float, **more: object) -> subprocess.Popen[bytes]:
+    """Start a command whose work is to wait, and which takes so many seconds to go down; return it under way."""
+    code = COMMAND.format(down=down)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(run_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **more,  # type: ignore[call-overload]
+    )
+    wait_for(process, b"under way")
+    return process
+
+
+def wait_for(process: subprocess.Popen[bytes], line: bytes) -> str:
+    """Return what a process printed up to a line."""
+    assert process.stdout is not None
+    printed = b""
+    while line not in printed:
+        printed += (found := process.stdout.readline())
+        assert found, printed
+    return printed.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_signal_ends_a_command_alike_and_a_second_changes_nothing(tmp_path: Path, number: int) -> None:
+    process = start(tmp_path / "run", down=0.5)
+    process.send_signal(number)
+    printed = wait_for(process, b"going down")
+    for again in (number, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(again)
+        time.sleep(0.05)
+    printed += process.communicate(timeout=20)[0].decode()
+    assert process.returncode == 130, printed
+    assert f"To go on:\n  raybd run demo --run-dir {tmp_path}/run" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", down=60)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=20)[0].decode()
+    assert 1.5 < time.monotonic() - began < 15
+    assert process.returncode == 130
+    assert "To go on:" in printed
+
+
+def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:
+    """Writing to it is an error from then on."""
+    master, slave = pty.openpty()
+    code = COMMAND.format(down=0) + "\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    seen = b""
+    while b"under way" not in seen:
+        seen += os.read(master, 1000)
+    os.close(master)
+    assert process.wait(timeout=20) == 130
+    assert not (tmp_path / "run").exists()
