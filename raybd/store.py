@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 
 from raybd import pulse
@@ -29,6 +30,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 # No waiting mends these.
 _HOPELESS = (PermissionError, NotADirectoryError, IsADirectoryError)
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters: bytes of a name that are not UTF-8
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -43,13 +45,19 @@ class Store:
         uri: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes.
         patience: seconds for which an operation that fails is tried again.
 
-    Errors: every method raises StorageError where the disk or bucket still fails when patience is at its end.
+    Errors: DataError where it is no path and no such URI; every method raises StorageError where the disk or bucket
+        still fails when patience is at its end.
     """
 
     def __init__(self, uri: str, *, patience: float = PATIENCE_SECONDS) -> None:
         self.uri, self.patience = uri, patience
+        if "\0" in uri or _HALVES.search(uri):
+            raise DataError("no name of a run directory", where=repr(uri)[1:-1], expected="a path in UTF-8, or s3://…")
         if "://" in uri:
-            self.fs, self.root = fs.FileSystem.from_uri(uri)
+            try:
+                self.fs, self.root = fs.FileSystem.from_uri(uri)
+            except (pa.ArrowException, ValueError) as error:
+                raise DataError(f"no run directory: {error}", where=uri, expected="a path, or s3://…") from None
         else:
             self.uri = self.root = str(Path(uri).expanduser().absolute())
             self.fs = fs.LocalFileSystem()
@@ -204,7 +212,8 @@ class Store:
                 raise
             except OSError as error:
                 waited = time.monotonic() - began
-                if isinstance(error, _HOPELESS) or waited >= self.patience:
+                hopeless = isinstance(error, _HOPELESS) or error.errno == errno.ENAMETOOLONG
+                if hopeless or waited >= self.patience:
                     raise self._error(verb, name, error, waited=waited) from error
                 if pause == _FIRST_PAUSE:
                     log.warning("cannot %s %s/%s: %s; trying again", verb, self.root, name, _reason(error))

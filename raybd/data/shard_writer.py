@@ -219,4 +219,5 @@ def write(
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    # Names of files may hold what is no character.
+    path.write_bytes((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"))

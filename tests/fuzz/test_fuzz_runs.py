@@ -51,7 +51,7 @@ CURVE_SCHEMA = pa.Table.from_pylist(CURVES).schema
 
 
 @given(seed=st.integers(0, 2**32), data=st.data())
-@fuzzing.fuzzed(150)
+@fuzzing.fuzzed(100)
 def test_curves(seed: int, data: st.DataObject, folder: Path) -> None:
     dice = random.Random(seed)
     sink = io.BytesIO()
@@ -194,7 +194,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(seed=st.integers(0, 2**32))
-@fuzzing.fuzzed(220)
+@fuzzing.fuzzed(150)
 def test_ledgers(seed: int, book: Path) -> None:
     dice = random.Random(seed)
     names = [
@@ -223,7 +223,7 @@ def test_ledgers(seed: int, book: Path) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-@fuzzing.fuzzed(150)
+@fuzzing.fuzzed(100)
 def test_records_of_run_directories(seed: int, folder: Path) -> None:
     content = mutated(RECORD, random.Random(seed))
     path = folder / "other" / "study.json"

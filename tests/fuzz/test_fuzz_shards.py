@@ -99,7 +99,7 @@ IMAGES: dict[str, bytes] = {
 
 
 @given(name=st.sampled_from(sorted(IMAGES)), data=st.data(), size=st.sampled_from([1, 4, SIZE, 224]))
-@fuzzing.fuzzed(350)
+@fuzzing.fuzzed(300)
 def test_images(name: str, data: st.DataObject, size: int) -> None:
     content = data.draw(fuzzing.damaged(IMAGES[name]))
 
@@ -318,7 +318,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(content=tars())
 @example(content=b"")
 @example(content=bytes(10240))
-@fuzzing.fuzzed(400)
+@fuzzing.fuzzed(300)
 def test_shards(content: bytes, folder: Path) -> None:
     path = folder / "s.tar"
     path.write_bytes(content)

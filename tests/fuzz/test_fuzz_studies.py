@@ -155,7 +155,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(content=texts())
-@fuzzing.fuzzed(220)
+@fuzzing.fuzzed(150)
 def test_files(content: bytes, folder: Path) -> None:
     path = folder / "self.yaml"
     path.write_bytes(content)
@@ -163,7 +163,7 @@ def test_files(content: bytes, folder: Path) -> None:
 
 
 @given(raw=structures())
-@fuzzing.fuzzed(250)
+@fuzzing.fuzzed(150)
 def test_structures(raw: dict[str, Any]) -> None:
     text = yaml.dump(raw, allow_unicode=True)
     fuzzing.case("study structure", lambda: use(study_file.parse(text, source="s.yaml")), given=text, megabytes=64)
@@ -196,7 +196,7 @@ VALUE_TEXTS = [
 
 
 @given(data=st.data())
-@fuzzing.fuzzed(150)
+@fuzzing.fuzzed(120)
 def test_overrides(data: st.DataObject) -> None:
     dice = random.Random(data.draw(st.integers(0, 2**32)))
     given = []
@@ -211,7 +211,7 @@ def test_overrides(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@fuzzing.fuzzed(80)
+@fuzzing.fuzzed(60)
 def test_studies_that_extend_others(data: st.DataObject, folder: Path) -> None:
     """Any graph of up to four files: chains, rings, names that are nothing."""
     dice = random.Random(data.draw(st.integers(0, 2**32)))

@@ -279,7 +279,7 @@ def put(folder: Path, found: dict[str, bytes]) -> None:
 
 
 @given(found=parts())
-@fuzzing.fuzzed(300)
+@fuzzing.fuzzed(200)
 def test_tables(found: dict[str, bytes], folder: Path) -> None:
     put(folder, found)
     pages = zlib.crc32(found["epochs"]) % 20 == 0  # it draws figures, which takes seconds
