@@ -83,20 +83,25 @@ def failed_trials(entries: Iterable[Entry]) -> list[tuple[str, str | None, str |
     ]
 
 
-def note(store: Store, trial_id: str, kind: Failure, message: str, *, trace: str) -> Entry:
-    """Record that an attempt of a trial that has started failed; return the trial's entry.
+def note(
+    store: Store, id: str, kind: Failure, message: str, *, trace: str, of: Kind = Kind.TRIAL, part: str = ""
+) -> Entry:
+    """Record that an attempt of a trial or pretraining that has started failed; return its entry.
 
     Tracebacks of one trial are kept in one file, the first attempt's first.
+
+    Args:
+        part: of several processes at work on one thing, which: each has a file of its own.
     """
     ledger, now = Ledger(store), datetime.now(UTC).isoformat()
-    entry = ledger.entry(Kind.TRIAL, trial_id)
-    name = traceback_name(trial_id)
+    entry = ledger.entry(of, id)
+    name = traceback_name(id + part)
     before = store.get(name) if store.exists(name) else b""
     found = f"failure {len(entry.failures) + 1}, {now}, {kind}: {message}\n\n{trace.rstrip()}\n\n"
     store.put(name, before + found.encode(errors="replace"))
     record = {"kind": kind, "message": message, "epoch": max(entry.epochs, default=None), "time": now}
-    ledger.failed(Kind.TRIAL, trial_id, record)
-    return ledger.entry(Kind.TRIAL, trial_id)
+    ledger.failed(of, id, record)
+    return ledger.entry(of, id)
 
 
 def is_final(entry: Entry, search: Search) -> bool:

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Self
 from raybd import pulse
 
 if TYPE_CHECKING:
+    from raybd.ledger import Kind
     from raybd.store import Store
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,16 @@ _NOTE_SECONDS = 60  # how long the storage may take for it
 class Watchdog:
     """Watches over this process for the length of a `with`: without a beat for too long it is noted, then killed.
 
-    What was noted is a failed attempt of the trial, with the traceback of every thread.
+    What was noted is a failed attempt, with the traceback of every thread.
 
     Args:
+        kind, id: the entry of the ledger that this process works on.
+        part: which of several processes that do.
         seconds: without a beat; 0 watches nothing.
     """
 
-    def __init__(self, store: Store, trial_id: str, *, seconds: float) -> None:
-        self._store, self._trial_id, self._seconds = store, trial_id, seconds
+    def __init__(self, store: Store, kind: Kind, id: str, *, seconds: float, part: str = "") -> None:
+        self._store, self._kind, self._id, self._part, self._seconds = store, kind, id, part, seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._dump: IO[bytes] | None = None
         self._pipe, self._last, self._pid = -1, 0.0, os.getpid()
@@ -53,7 +56,8 @@ class Watchdog:
         self._dump = tempfile.NamedTemporaryFile(prefix="raybd-hang-")
         # Written by the signal's handler in C, whoever holds the interpreter.
         faulthandler.register(signal.SIGUSR2, file=self._dump, all_threads=True, chain=False)
-        arguments = [str(self._seconds), str(self._pid), self._dump.name, self._store.uri, self._trial_id]
+        arguments = [str(self._seconds), str(self._pid), self._dump.name]
+        arguments += [self._store.uri, self._kind, self._id, self._part]
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
             stdin=subprocess.PIPE,
@@ -116,7 +120,7 @@ class Watchdog:
             try:
                 os.write(self._pipe, b".")
             except BrokenPipeError:
-                log.warning("%s is no longer watched: the watching process is gone", self._trial_id)
+                log.warning("%s is no longer watched: the watching process is gone", self._id)
                 self._close()
 
 
@@ -153,7 +157,7 @@ def _traceback(pid: int, dump: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Watch over the parent process until it is done, gone, or ended here."""
-    seconds, pid, dump, uri, trial_id = float(arguments[0]), int(arguments[1]), *arguments[2:]
+    seconds, pid, (dump, uri, kind, id, part) = float(arguments[0]), int(arguments[1]), arguments[2:]
     # Ctrl-C and the like are for the driver to answer; this process ends with its parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not _hangs(pid, seconds=seconds):
@@ -161,6 +165,7 @@ def main(arguments: list[str]) -> None:
     try:
         # Slow to import, and seldom needed.
         from raybd import failures
+        from raybd.ledger import Kind
         from raybd.store import Store
         from raybd.study import Failure
 
@@ -168,7 +173,8 @@ def main(arguments: list[str]) -> None:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit("the storage takes no note of a process that hung"))
         signal.alarm(_NOTE_SECONDS)
         message = f"no finished step, batch or epoch for {seconds / 60:g} minutes"
-        failures.note(Store(uri), trial_id, Failure.HUNG, message, trace=_traceback(pid, dump))
+        trace = _traceback(pid, dump)
+        failures.note(Store(uri), id, Failure.HUNG, message, trace=trace, of=Kind(kind), part=part)
     finally:
         if os.getppid() == pid:
             os.kill(pid, signal.SIGKILL)

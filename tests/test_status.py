@@ -57,10 +57,22 @@ def test_reasons_retries_and_where_the_tracebacks_are(store: Store) -> None:
     ]
 
 
+def test_pretraining_whose_workers_failed(store: Store) -> None:
+    started = {"settings": {"epochs": 3}}
+    Ledger(store).start(Kind.PRETRAIN, "mmcl-aaaa", started)
+    Ledger(store).epoch(Kind.PRETRAIN, "mmcl-aaaa", 1, {})
+    failures.note(store, "mmcl-aaaa", Failure.HUNG, "made", trace="", of=Kind.PRETRAIN, part="-rank1")
+    assert next(status.lines(store)) == (
+        "pretraining mmcl-aaaa: epoch 1/3, running or interrupted; failures of workers: 1 x hung"
+    )
+    assert store.names("errors") == ["errors/mmcl-aaaa-rank1.txt"]
+
+
 def test_trials_that_others_ran_are_counted_in_the_tables(store: Store) -> None:
     now = datetime.now(UTC)
     for number, state in enumerate(("complete", "complete", "failed")):
         row = {"trial_id": f"t{number}", "state": state, "started": now, "ended": now}
+        row |= {"pretrain_id": "p", "objective": "mmcl", "method": "cleanclip"}
         row |= {"error_type": "error", "error_message": "boom"} if state == "failed" else {}
         tables.write(store, "trials", f"t{number}", [row])
     assert list(status.lines(store)) == ["trials: 2 complete, 1 failed", "  1 x error: boom (t2)"]

@@ -37,17 +37,18 @@ def task_of(name: str) -> Assignment:
     return Assignment(name, 0, "mmcl", "mmcl-aaaa", {})
 
 
-def start(store: Store, name: str, act: str) -> subprocess.Popen[bytes]:
+def start(store: Store, name: str, act: str, *, part: str = "") -> subprocess.Popen[bytes]:
     """Start a process that does something under a watchdog, as a trial that has begun."""
     Ledger(store).start(Kind.TRIAL, name, start_record(STUDY, task_of(name)))
     script = f"""
         import ctypes, os, signal, threading, time
         from raybd import pulse
+        from raybd.ledger import Kind
         from raybd.store import Store
         from raybd.watchdog import Watchdog
         def hang_here(watchdog):
             {act}
-        with Watchdog(Store({store.uri!r}), {name!r}, seconds={SECONDS}) as watchdog:
+        with Watchdog(Store({store.uri!r}), Kind.TRIAL, {name!r}, seconds={SECONDS}, part={part!r}) as watchdog:
             hang_here(watchdog)
     """
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
@@ -55,7 +56,7 @@ def start(store: Store, name: str, act: str) -> subprocess.Popen[bytes]:
 
 def test_what_hangs_is_ended_and_what_lives_is_not(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    processes = {name: start(store, name, act) for name, act in {**HANGS, **LIVES}.items()}
+    processes = {name: start(store, name, act, part="-rank1") for name, act in {**HANGS, **LIVES}.items()}
     codes = {name: process.wait(timeout=120) for name, process in processes.items()}
     assert codes == {**dict.fromkeys(HANGS, -signal.SIGKILL), **dict.fromkeys(LIVES, 0)}
     for name in HANGS:
@@ -64,7 +65,7 @@ def test_what_hangs_is_ended_and_what_lives_is_not(tmp_path: Path) -> None:
             ("hung", "no finished step, batch or epoch for 0.04 minutes")
         ]
         assert entry.ended is None  # whether it is tried again is for the driver to say
-        assert "in hang_here" in store.get(f"errors/{name}.txt").decode(), name
+        assert "in hang_here" in store.get(f"errors/{name}-rank1.txt").decode(), name
     for name in LIVES:
         assert Ledger(store).entry(Kind.TRIAL, name).failures == ()
 

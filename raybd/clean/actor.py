@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raybd.assignment import Assignment, Notify
-from raybd.ledger import Entry
+from raybd.ledger import Entry, Kind
 from raybd.store import Store
 from raybd.study import Study
 from raybd.watchdog import Watchdog
@@ -37,7 +37,7 @@ class CleanTrial:
         device = torch.device("cuda" if self.use_gpu else "cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        with Watchdog(store, task.trial_id, seconds=60 * study.search.hang_minutes) as watchdog:
+        with Watchdog(store, Kind.TRIAL, task.trial_id, seconds=60 * study.search.hang_minutes) as watchdog:
 
             def report(epoch: int, record: dict[str, Any]) -> None:
                 # The driver may be slow to take it.

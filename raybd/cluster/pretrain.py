@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -23,6 +24,7 @@ from raybd.study import Study
 from raybd.train.context import LedgerContext
 from raybd.train.distributed import wait_for_all
 from raybd.train.pretraining import done, pretrain, start_record
+from raybd.watchdog import Watchdog
 
 
 def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -36,6 +38,9 @@ def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
             continue
         study, rank = Study.model_validate_json(config["study"]), where.get_world_rank()
         record = start_record(study, objective, pretrain_id)
+        watchdog = Watchdog(
+            store, Kind.PRETRAIN, pretrain_id, part=f"-rank{rank}", seconds=60 * study.resources.hang_minutes
+        )
         context = LedgerContext(
             store=store,
             kind=Kind.PRETRAIN,
@@ -44,23 +49,30 @@ def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
             rank=rank,
             world_size=where.get_world_size(),
             device=get_device(),
-            notify=lambda epoch, record: ray.train.report({"epoch": epoch}),
+            notify=partial(_report, watchdog),
         )
-        try:
-            pretrain(study, objective, context)
-        except TrialError as error:
-            failed[pretrain_id] = (error.what, error.fix)
-        # What is done is asked of the store: no rank may ask before rank 0 has said so.
-        wait_for_all(get_device())
+        with watchdog:
+            try:
+                pretrain(study, objective, context)
+            except TrialError as error:
+                failed[pretrain_id] = (error.what, error.fix)
+            # What is done is asked of the store: no rank may ask before rank 0 has said so.
+            wait_for_all(get_device())
     return failed
+
+
+def _report(watchdog: Watchdog, epoch: int, _: dict[str, Any]) -> None:
+    # The driver may be slow to take it.
+    with watchdog.waiting():
+        ray.train.report({"epoch": epoch})
 
 
 def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store, share: Share) -> None:
     """Pretrain each of some objectives to its end.
 
-    Workers that die are started again (`resources.max_failures` times) and go on after the last finished epoch; so
-    does a new call after the driver died. Ray's own run has a new name each time: under an old one it would return
-    an old result.
+    Workers that die, or hang and are ended, are started again (`resources.max_failures` times) and go on after the last
+    finished epoch; so does a new call after the driver died. Ray's own run has a new name each time: under an old one
+    it would return an old result.
 
     Args:
         pretrain_ids: by pretrain objective; none of them done.

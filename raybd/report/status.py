@@ -28,6 +28,8 @@ def _lines(store: Store) -> Iterator[str]:
     for entry in ledger.entries(Kind.PRETRAIN):
         planned = entry.started["settings"]["epochs"]
         where = "done" if entry.ended else _OPEN
+        if entry.failures:
+            where += f"; failures of workers: {_kinds(entry)}"
         yield f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}"
     trials = ledger.entries(Kind.TRIAL)
     if trials:
@@ -43,9 +45,12 @@ def _of_ledger(store: Store, trials: list[Entry]) -> Iterator[str]:
     if again:
         yield f"tried again after failures: {len(again)}"
     for entry in again[:_SHOWN]:
-        kinds = Counter(str(failure["kind"]) for failure in entry.failures)
-        how = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-        yield f"  {entry.id}: {how}; {entry.ended['state'] if entry.ended else _OPEN}"
+        yield f"  {entry.id}: {_kinds(entry)}; {entry.ended['state'] if entry.ended else _OPEN}"
+
+
+def _kinds(entry: Entry) -> str:
+    kinds = Counter(str(failure["kind"]) for failure in entry.failures)
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
 def _of_tables(store: Store) -> Iterator[str]:

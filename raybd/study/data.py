@@ -54,4 +54,7 @@ class Resources(Section):
     cpus_per_trial: PositiveInt = 1
     gpus_per_trial: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_failures: NonNegativeInt = Field(3, description="how often pretraining workers may die before giving up")
+    hang_minutes: NonNegativeFloat = Field(
+        30.0, description="a pretraining worker that finishes no step or batch for so long is ended; 0: never"
+    )
     storage_patience: NonNegativeFloat = Field(60.0, description="seconds that a failing disk or bucket is tried again")
