@@ -159,7 +159,7 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
 
 @contextmanager
 def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[None]:
-    """Interrupt the main thread, which runs the block, when the head of the cluster has been gone for so long.
+    """Break off the block, which the main thread runs, when the head of the cluster has been gone for so long.
 
     Ray waits a minute for its head, and then ends the whole process with a message of its own.
 
@@ -168,6 +168,9 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
 
     Errors: ClusterError, out of the block.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     host, _, port = address.rpartition(":")
     done, gone = threading.Event(), threading.Event()
 
@@ -180,9 +183,14 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
             except OSError:
                 if time.monotonic() - seen > seconds:
                     gone.set()
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                     return
 
+    def break_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # A signal of its own: the others are a person's, or a spot machine's.
+    before = signal.signal(signal.SIGUSR1, break_off)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -198,6 +206,7 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
     finally:
         done.set()
         thread.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def uninterrupted(function: Callable[[], Any]) -> Any:
