@@ -13,9 +13,16 @@ from pathlib import Path
 MARK = "RAYBD_CHAOS"
 
 TRIAL_WORKER, PRETRAIN_WORKER = "ray::ImplicitFunc", "ray::RayTrainWorker"
-# Ray's own, there for as long as a cluster is: workers waiting for work, agents of nodes, and the actor through which
-# Ray Train asks for nodes.
-SERVANTS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
+# Ray's own, there for as long as a cluster is: workers waiting for work, agents of nodes, the actor through which Ray
+# Train asks for nodes, and the one that tidies up after a dead driver: that asks the dashboard who is dead, and stays
+# where a cluster has none, as ours.
+SERVANTS = (
+    "ray::IDLE",
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+    "ray::_AutoscalingCoordinatorActor",
+    "ray::PlacementGroupCleaner",
+)
 
 
 @dataclass(frozen=True)

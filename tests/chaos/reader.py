@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from raybd import tables
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
 
-_PAUSE = 0.3
+_PAUSE = 0.3  # in seconds, but longer where to look takes long: the machine is for the study
 _KEYS = {
     "pretrain_epochs": ("pretrain_id", "epoch"),
     "trials": ("trial_id",),
@@ -140,8 +141,9 @@ def _watch(uri: str) -> None:
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     while not ended.is_set():
+        began = time.monotonic()
         reader.poll()
-        ended.wait(_PAUSE)
+        ended.wait(max(_PAUSE, 2 * (time.monotonic() - began)))
     reader.poll()
     sys.stdout.write(json.dumps(asdict(reader.found)))
 

@@ -19,7 +19,7 @@ from tests.chaos.tally import Harm, Tally
 
 log = logging.getLogger("chaos")
 
-_TICK = 0.1
+_TICK = 0.25
 _STUCK_AFTER = 300.0
 _WRONG_ENDS = 3
 _TROUBLE = (2.0, 15.0)  # how long storage fails, in seconds: well within the minute that raybd waits for it
