@@ -68,7 +68,7 @@ class Scene:
         self._study, self._extra, self.scratch = study, list(extra), scratch
         self._mark, self._port = scratch.name, free_port()
         # Those who watch have no mark: it is for what raybd and Ray start.
-        self._plain = {**os.environ, **CREDENTIALS, "RAYBD_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}
+        self._plain = {"RAYBD_CACHE": str(scratch / "cache"), **os.environ, **CREDENTIALS, "OMP_NUM_THREADS": "1"}
         self._environment = {
             **self._plain,
             MARK: self._mark,
