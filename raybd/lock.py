@@ -136,7 +136,7 @@ def _renewed(store: Store) -> Iterator[None]:
     _beat(patient, own)
     # Of two that came at the same moment the one that wrote last has it.
     time.sleep(_SETTLE_SECONDS)
-    if (found := _read(store)).get("nonce") != own["nonce"]:
+    if (found := _read(patient)).get("nonce") != own["nonce"]:
         raise _locked(store, found, fix="wait for it, stop it, or give another --run-dir")
     stop, taken = threading.Event(), threading.Event()
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from raybd import lock
 from raybd.errors import LockedError, StorageError
@@ -304,3 +305,29 @@ def test_of_two_that_came_at_once_the_last_has_the_bucket(
     )
     with pytest.raises(LockedError, match="on elsewhere"), lock._renewed(store):
         raise AssertionError
+
+
+def test_a_bucket_that_fails_while_it_is_taken_is_waited_for(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_until = 0.0
+
+    class Failing(fs.LocalFileSystem):
+        def open_input_stream(self, *given: object) -> object:
+            if time.monotonic() < fails_until:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().open_input_stream(*given)
+
+    def beat(store: Store, own: dict[str, object]) -> None:
+        nonlocal fails_until
+        written(store, own)
+        fails_until = fails_until or time.monotonic() + 1.0
+
+    written = lock._beat
+    monkeypatch.setattr(fs, "LocalFileSystem", Failing)
+    monkeypatch.setattr(lock, "_beat", beat)
+    monkeypatch.setattr(lock, "_LOCK_PATIENCE_SECONDS", 0.0)
+    store = Store(str(tmp_path), patience=20)
+    with lock._renewed(store):
+        assert time.monotonic() >= fails_until > 0
+        assert store.exists(lock.NAME)
