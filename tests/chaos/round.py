@@ -118,12 +118,12 @@ class Round:
                 since = time.monotonic()
 
     def _strike_one(self) -> bool:
-        """Draw a kind, sooner one that has had less than its share, and strike; say whether it hit anybody."""
+        """Strike with a kind that has had less than its share; say whether any hit anybody."""
         hits = self._tally.hits
         kinds = [kind for kind in self._kinds() if kind in self._allowed]
         had = {kind: (hits[kind] + self._rng.random()) / SHARES[kind] for kind in kinds}
-        kind = min(had, key=had.__getitem__, default=None)
-        if kind is None or not self._strike(kind):
+        kind = next((kind for kind in sorted(had, key=had.__getitem__) if self._strike(kind)), None)
+        if kind is None:
             return False
         hits[kind] += 1
         log.info("%3d  %s", hits.total(), kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -76,7 +75,8 @@ class Disk:
     kinds: tuple[Kind, ...] = (Kind.DISK_FULL, Kind.DISK_STAYS_FULL, Kind.READ_ONLY)
 
     def __init__(self, path: Path) -> None:
-        self._path, self._filler, self._full = path, path / "filler", False
+        self._path, self._filler = path, path / "filler"
+        self._full = self._covered = False
         path.mkdir(parents=True)
         mount("-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "chaos", str(path))
         self.uri = self.reader_uri = str(path / "run")
@@ -84,19 +84,21 @@ class Disk:
     def begin(self, kind: Kind) -> bool:
         """Fill the disk, or make it read-only as a disk with errors becomes."""
         if kind is Kind.READ_ONLY:
-            return self._remount_read_only()
-        self._full = True
-        self.hold()
+            self._cover()
+        else:
+            self._full = True
+            self.hold()
         return True
 
-    def _remount_read_only(self) -> bool:
-        """The kernel refuses while somebody is writing a file: try until nobody is."""
-        for _ in range(100):
-            with suppress(subprocess.CalledProcessError):
-                mount("-o", "remount,ro", str(self._path))
-                return True
-            time.sleep(0.02)
-        return False
+    def _cover(self) -> None:
+        """Mount the disk once more above itself, read-only: the kernel refuses that of one on which files are open."""
+        while not self._covered:
+            mount("--bind", str(self._path), str(self._path))
+            try:
+                mount("-o", "remount,ro,bind", str(self._path))
+                self._covered = True
+            except subprocess.CalledProcessError:  # somebody opened a file in between
+                unmount(self._path)
 
     def hold(self) -> None:
         """Fill what others have set free, to the last page."""
@@ -109,13 +111,14 @@ class Disk:
 
     def end(self) -> None:
         """Free what was filled, and let writers in."""
-        mount("-o", "remount,rw", str(self._path))
-        self._full = False
+        if self._covered:
+            unmount(self._path)
+        self._full = self._covered = False
         self._filler.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Unmount, also under files that someone has open."""
-        subprocess.run(["umount", "--lazy", str(self._path)], check=True)
+        unmount(self._path)
         self._path.rmdir()
 
 
@@ -152,12 +155,17 @@ def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True, capture_output=True)
 
 
+def unmount(path: Path) -> None:
+    """Take away the uppermost mount of a path, also under files that someone has open."""
+    subprocess.run(["umount", "--lazy", str(path)], check=True, capture_output=True)
+
+
 def may_mount(scratch: Path) -> str:
     """Return why this process may not mount a disk; empty where it may."""
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         mount("-t", "tmpfs", "-o", "size=1m", "chaos", str(scratch))
-        subprocess.run(["umount", str(scratch)], check=True, capture_output=True)
+        unmount(scratch)
     except (OSError, subprocess.CalledProcessError) as error:
         return str(getattr(error, "stderr", b"") or error)
     return ""
