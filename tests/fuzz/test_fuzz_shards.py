@@ -23,6 +23,7 @@ from raybd.data.shards import Index, RawSample
 from raybd.errors import DataError
 
 SIZE = 8
+DECODING = 800  # MB that one image of the most pixels may take, as the README says
 
 
 def picture(kind: str = "PNG", *, mode: str = "RGB", size: tuple[int, int] = (9, 7), **options: object) -> bytes:
@@ -109,7 +110,7 @@ def test_images(name: str, data: st.DataObject, size: int) -> None:
         except ValueError as error:  # for which a sample is skipped
             raise DataError(str(error), where=name) from None
 
-    found = fuzzing.case("image", decode, given=(content, size), seconds=5, megabytes=64)
+    found = fuzzing.case("image", decode, given=(content, size), megabytes=DECODING)
     if found is not None:
         assert (found.shape, found.dtype) == ((3, size, size), np.uint8)
 
@@ -322,7 +323,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shards(content: bytes, folder: Path) -> None:
     path = folder / "s.tar"
     path.write_bytes(content)
-    found = fuzzing.case("shard", lambda: read(path), given=content, megabytes=128)
+    found = fuzzing.case("shard", lambda: read(path), given=content, megabytes=DECODING)
     if found is not None:
         for caption in found[0].captions:
             assert 0 < len(caption) <= limits.MAX_CAPTION
