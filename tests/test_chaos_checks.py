@@ -98,9 +98,13 @@ DAMAGE: dict[str, tuple[Harm, Callable[[Store], object]]] = {
     "an epoch is gone": (Harm.LOST, lambda run: rewrite(run, END, lambda end: end["epochs"].pop("1"))),
     "a trial too many": (
         Harm.DOUBLED,
+        lambda run: run.put(END.replace("0000", "0009"), run.get(END).replace(b"mmcl-0000", b"mmcl-0009")),
+    ),
+    "a trial under another name": (
+        Harm.BROKEN,
         lambda run: shutil.copytree(run.path("ledger/trials/mmcl-0000"), run.path("ledger/trials/mmcl-0009")),
     ),
-    "a row too many": (Harm.DOUBLED, lambda run: rewrite_part(run, "epochs", lambda rows: rows.append(rows[0]))),
+    "a row too many": (Harm.BROKEN, lambda run: rewrite_part(run, "epochs", lambda rows: rows.append(rows[0]))),
     "a number changed": (
         Harm.CHANGED,
         lambda run: rewrite(run, END, lambda end: end["epochs"]["1"].update(loss=0.1)),
