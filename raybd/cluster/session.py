@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raybd import signals
+from raybd import failures, signals
 from raybd.errors import ClusterError
 from raybd.study import Resources
 
@@ -137,11 +137,17 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
         # While it starts Ray answers SIGTERM itself. What it has started dies with this process.
         signals.interrupt()
         raise
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a machine too busy to start Ray in time gives no class of its own
+        if address:
+            fix = "start the cluster with `ray up cluster.yaml`, or leave --address out to run on this machine"
+        else:
+            fix = (
+                "call the same command again when this machine is less busy; Ray's logs are in /tmp/ray/session_latest"
+            )
         raise ClusterError(
-            f"cannot reach Ray: {str(error).splitlines()[0]}",
+            f"cannot {'reach' if address else 'start'} Ray: {failures.message_of(error)}",
             where=f"--address {address}" if address else "",
-            fix="start the cluster with `ray up cluster.yaml`, or leave --address out to run on this machine",
+            fix=fix,
         ) from None
     finally:
         signals.arm()
