@@ -94,12 +94,15 @@ def _carry_out(
 
 
 def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
-    """Print what a search led to. Errors: typer.Exit where trials failed."""
+    """Print what a search led to. Errors: typer.Exit where trials or pretraining runs failed."""
     _print_fronts(_read_run(where), kind=FrontKind.ANY_EPOCH)
     view.line(f"report: {outcome.report}")
     view.line(f"fronts again, with all other measures: raybd pareto {where}")
     if outcome.failed:
         view.warn(f"{outcome.failed} trials failed; the report says why")
+    if outcome.failed_pretraining:
+        view.warn("pretraining failed in part: called again, this command tries it again")
+    if outcome.failed or outcome.failed_pretraining:
         raise typer.Exit(FAILED_TRIALS)
 
 

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import shlex
-import signal
 import socket
 import sys
 import threading
@@ -24,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raybd import signals
 from raybd.errors import DataError, LockedError, StorageError
 from raybd.store import Store
 
@@ -146,7 +146,7 @@ def _renewed(store: Store) -> Iterator[None]:
             with contextlib.suppress(StorageError):
                 if _read(store).get("nonce") != own["nonce"]:
                     taken.set()
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                    signals.interrupt_main()
                     return
                 own["beat"] += 1
                 _beat(store, own)

@@ -24,6 +24,7 @@ class _State:
 
     armed = False
     received = False
+    from_within = False
     said = threading.Event()
     last_words: Callable[[], None] = staticmethod(lambda: None)
 
@@ -65,18 +66,28 @@ def arm() -> None:
 
 def received() -> bool:
     """Say whether this process was interrupted; if so, its last words are said when this returns."""
-    return _State.received and (_State.said.wait(timeout=2.0) or True)
+    return _State.received and (_State.said.wait(timeout=GRACE_SECONDS) or True)
 
 
 def interrupt() -> None:
     """End an interruptible block as a signal does."""
     if not _State.received:
         _State.received = True
-        threading.Thread(target=_end, daemon=True).start()
+        for target in (_say, _end):
+            threading.Thread(target=target, daemon=True).start()
         raise KeyboardInterrupt
 
 
+def interrupt_main() -> None:
+    """Raise KeyboardInterrupt in the main thread, from another one: who waits there makes an error of it."""
+    _State.from_within = True
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
 def _handle(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGINT and _State.from_within:
+        _State.from_within = False
+        raise KeyboardInterrupt
     if number == signal.SIGHUP:
         # Nobody reads on, and to write to a terminal that is gone is an error.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -87,9 +98,12 @@ def _handle(number: int, _: FrameType | None) -> None:
     interrupt()
 
 
-def _end() -> None:
-    """Say the last words, and end this process where it does not end by itself."""
+def _say() -> None:
     _State.last_words()
     _State.said.set()
+
+
+def _end() -> None:
+    """End this process where it does not end by itself."""
     time.sleep(GRACE_SECONDS)
     os._exit(INTERRUPTED)

@@ -8,7 +8,8 @@ from enum import IntEnum
 
 from raybd import provenance, tables
 from raybd.console import View
-from raybd.errors import StudyError
+from raybd.errors import StudyError, TrialError
+from raybd.failures import traceback_name
 from raybd.metrics import ALIKE, STRONG
 from raybd.records import attack_lines, attack_rows, pretrain_rows
 from raybd.store import Store
@@ -93,9 +94,9 @@ class Run(StudyDirectory):
         self.load_tables()
         if self._open_work(ids, until):
             with self.cluster():
-                self.pretrain(ids)
+                pretrained = self.pretrain(ids)
                 if until >= Stage.SEARCH:
-                    self.search(ids)
+                    self.search(pretrained)
         else:
             self.view.stage("nothing left to do: pretraining and search are done")
             self._attack_summary(ids)
@@ -136,8 +137,11 @@ class Run(StudyDirectory):
             )
         return ids
 
-    def pretrain(self, ids: dict[str, str]) -> None:
-        """Pretrain each objective that is not done."""
+    def pretrain(self, ids: dict[str, str]) -> dict[str, str]:
+        """Pretrain each objective that is not done; return the ids of those that are, by objective.
+
+        Errors: TrialError where none is.
+        """
         from raybd.cluster.pretrain import run_pretraining
         from raybd.train.pretraining import done
 
@@ -146,12 +150,21 @@ class Run(StudyDirectory):
             workers = f"{self.share.num_workers} worker{'s' if self.share.num_workers > 1 else ''}"
             self.view.stage(f"pretraining {' and '.join(missing)}: {workers}")
             with self.view.follow_pretraining(self.store, missing):
-                run_pretraining(self.study, missing, self.store, self.share)
-        for pretrain_id in ids.values():
-            entry = done(self.store, pretrain_id)
-            assert entry is not None
+                self.failed_pretraining = run_pretraining(self.study, missing, self.store, self.share)
+        for objective, reason in self.failed_pretraining.items():
+            self.view.warn(f"pretraining {objective} failed: {reason}")
+        entries = {name: entry for name, pretrain_id in ids.items() if (entry := done(self.store, pretrain_id))}
+        if not entries:
+            objective, reason = next(iter(self.failed_pretraining.items()))
+            raise TrialError(
+                f"nothing to clean: {reason}",
+                where=f"pretraining {objective}",
+                fix=f"see {self.store.path(traceback_name(ids[objective]))}; to try again call the same command",
+            )
+        for entry in entries.values():
             self.write_pretraining(entry)
         self._attack_summary(ids)
+        return {name: ids[name] for name in entries}
 
     def _attack_summary(self, ids: dict[str, str]) -> None:
         """Say how well the attack took; warn where the cleanings of the objectives will compare little."""

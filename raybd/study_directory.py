@@ -19,9 +19,10 @@ from raybd.study import FREE_SETTINGS, Resources, Study, differences
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call to `run` leaves: trials that failed, and the path of the report."""
+    """What a call to `run` leaves: how many trials and pretraining runs failed, and the path of the report."""
 
     failed: int
+    failed_pretraining: int
     report: str
 
 
@@ -36,6 +37,7 @@ class StudyDirectory:
         keeps_weights: its trials leave models behind.
         earlier: the record that an earlier call left; None in a new directory.
         share: what the study has of the cluster, while there is one.
+        failed_pretraining: why pretraining failed in this call, by objective.
 
     Errors: StudyError where the directory holds another study.
     """
@@ -47,6 +49,7 @@ class StudyDirectory:
         self.study, self.store, self.view, self.address = study, store, view, address
         self.ledger = Ledger(store)
         self.share: Any = None
+        self.failed_pretraining: dict[str, str] = {}
         self._trial_rows: list[dict[str, Any]] = []
         self._epoch_rows: list[dict[str, Any]] = []
         self.earlier = self._open()
@@ -172,4 +175,4 @@ class StudyDirectory:
 
         self._update_fronts()
         failed = sum(row["state"] == State.FAILED for row in self._trial_rows)
-        return Outcome(failed=failed, report=html.write(self.store))
+        return Outcome(failed=failed, failed_pretraining=len(self.failed_pretraining), report=html.write(self.store))

@@ -20,6 +20,7 @@ import pytest
 from test_clean import CPU, PRETRAINED
 from test_methods import make_folder, make_pretrained, study_of
 
+from raybd import checkpoint
 from raybd.assignment import Assignment, remove_leftovers
 from raybd.clean.trial import run_trial
 from raybd.errors import SupersededError
@@ -112,6 +113,12 @@ def rows(what: str, store: Store) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in {*TIMES, "attempt"}} for row in found]
 
 
+def state_epoch(store: Store) -> int:
+    """Return the epoch that a run would go on from, -1 at its start."""
+    (*_, last) = (-1, *(checkpoint.metadata_of(store.get(name))["epoch"] for name in store.names("state")))
+    return int(last)
+
+
 def weights(store: Store) -> dict[str, bytes]:
     """Return every file of weights that is kept."""
     return {name: store.get(name) for folder in ("weights", "pretrained") for name in store.names(folder)}
@@ -183,6 +190,10 @@ def test_killed_after_every_file_it_gives_the_same_bits(whole: Whole) -> None:
         names = [n for n in store.names("") if not n.startswith("progress/") and "/started-" not in n]
         found = {name: store.get(name) for name in names}
         assert [name for name in before if "ledger/" in name and found[name] != before[name]] == []
+        if not Ledger(store).has_ended(KINDS[whole.what], entry_of(whole.what, store).id):
+            # What is recorded is not done again: the state is of that epoch; the last one needs none.
+            recorded = Ledger(store).last_epoch(KINDS[whole.what], entry_of(whole.what, store).id)
+            assert state_epoch(store) >= min(recorded, 1)
         # Some files mean nothing without the next one: it comes along.
         at = 3 if found != before else at + 2
         before = found

@@ -219,7 +219,9 @@ pretrain:
   epochs: 3
   batch_size: 64
   warmup_steps: 2
-  objectives: {mmcl: {loss_weights: {mmcl: 1, ssl: 0}}}
+  objectives:
+    wild: {loss_weights: {mmcl: 1, ssl: 0}, lr: 1.0e+30}
+    mmcl: {loss_weights: {mmcl: 1, ssl: 0}}
 clean:
   num_samples: 96
   epochs: 3
@@ -276,7 +278,10 @@ def _trial_worker(trial_id: str) -> int | None:
 
 @pytest.mark.skipif(not PROC, reason="finds the worker to kill in /proc, which this system has not")
 def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -> None:
-    """Two DDP workers, one killed after an epoch; trials that fail, die and hang, alone; the exit code is 4."""
+    """Two DDP workers, one killed after an epoch; an objective whose pretraining fails; trials that fail, die and hang.
+
+    Each fails alone; the exit code is 4.
+    """
     study, run_dir = tmp_path / "faulty.yaml", tmp_path / "run"
     study.write_text(FAULTY)
     (tmp_path / "shards").symlink_to(study_file.embedded("emoji-32") or "")

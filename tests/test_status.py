@@ -63,7 +63,7 @@ def test_pretraining_whose_workers_failed(store: Store) -> None:
     Ledger(store).epoch(Kind.PRETRAIN, "mmcl-aaaa", 1, {})
     failures.note(store, "mmcl-aaaa", Failure.HUNG, "made", trace="", of=Kind.PRETRAIN, part="-rank1")
     assert next(status.lines(store)) == (
-        "pretraining mmcl-aaaa: epoch 1/3, running or interrupted; failures of workers: 1 x hung"
+        "pretraining mmcl-aaaa: epoch 1/3, running or interrupted; failures: 1 x hung, the last one: made"
     )
     assert store.names("errors") == ["errors/mmcl-aaaa-rank1.txt"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from raybd import lock
+from raybd import lock, signals
 from raybd.errors import LockedError, StorageError
 from raybd.lock import only_driver
 from raybd.store import Store
@@ -280,20 +280,18 @@ def test_a_silent_driver_that_beats_again_keeps_its_bucket(tmp_path: Path, quick
     beat.join()
 
 
-def test_a_driver_whose_bucket_was_taken_over_stops(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_driver_whose_bucket_was_taken_over_stops(tmp_path: Path, quick: None) -> None:
     store = Store(str(tmp_path))
-    monkeypatch.setattr(signal, "SIGTERM", signal.SIGINT)
 
     def drive() -> None:
-        with lock._renewed(store):
+        with signals.interruptible(pytest.fail), lock._renewed(store):
             store.put(lock.NAME, other())
             time.sleep(10)
 
     with pytest.raises(LockedError, match="on elsewhere"):
         drive()
     assert json.loads(store.get(lock.NAME))["host"] == "elsewhere"
+    assert not signals.received()
 
 
 def test_of_two_that_came_at_once_the_last_has_the_bucket(

@@ -6,6 +6,7 @@ One group of workers trains one objective after the other: to start a group take
 from __future__ import annotations
 
 import logging
+import traceback
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -16,28 +17,30 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from raybd import failures
 from raybd.cluster.session import Share, uninterrupted
-from raybd.errors import ClusterError, RaybdError, TrialError
+from raybd.errors import ClusterError, DataError, NonFiniteError, RaybdError, StorageError, SupersededError
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
-from raybd.study import Study
+from raybd.study import Failure, Study
 from raybd.train.context import LedgerContext
 from raybd.train.distributed import wait_for_all
 from raybd.train.pretraining import done, pretrain, start_record
 from raybd.watchdog import Watchdog
 
 
-def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Run on each worker. A run that fails by itself is returned, not raised: Ray would only try it again."""
+def _worker(config: dict[str, Any]) -> None:
+    """Run on each worker. What is no fault of a run ends the group: a dead peer, or the run directory."""
     logging.getLogger().setLevel(logging.WARNING)
     torch.set_num_threads(config["threads"])
-    where, store = ray.train.get_context(), config["store"]
-    failed = {}
+    store, device = config["store"], get_device()
+    where, study = ray.train.get_context(), Study.model_validate_json(config["study"])
     for objective, pretrain_id in config["pretrain_ids"].items():
-        if done(store, pretrain_id) is not None:
+        if not _is_open(store, pretrain_id, config["failures"][pretrain_id]):
             continue
-        study, rank = Study.model_validate_json(config["study"]), where.get_world_rank()
-        record = start_record(study, objective, pretrain_id)
+        # What is open is asked of the store: no rank may ask after rank 0 has gone on.
+        wait_for_all(device)
+        rank, record = where.get_world_rank(), start_record(study, objective, pretrain_id)
         watchdog = Watchdog(
             store, Kind.PRETRAIN, pretrain_id, part=f"-rank{rank}", seconds=60 * study.resources.hang_minutes
         )
@@ -48,17 +51,17 @@ def _worker(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
             attempt=Ledger(store).start(Kind.PRETRAIN, pretrain_id, record) if rank == 0 else None,
             rank=rank,
             world_size=where.get_world_size(),
-            device=get_device(),
+            device=device,
             notify=partial(_report, watchdog),
         )
         with watchdog:
             try:
                 pretrain(study, objective, context)
-            except TrialError as error:
-                failed[pretrain_id] = (error.what, error.fix)
-            # What is done is asked of the store: no rank may ask before rank 0 has said so.
-            wait_for_all(get_device())
-    return failed
+            except (StorageError, SupersededError):
+                raise
+            except Exception as error:
+                _note(error, context)
+            wait_for_all(device)
 
 
 def _report(watchdog: Watchdog, epoch: int, _: dict[str, Any]) -> None:
@@ -67,24 +70,82 @@ def _report(watchdog: Watchdog, epoch: int, _: dict[str, Any]) -> None:
         ray.train.report({"epoch": epoch})
 
 
-def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store, share: Share) -> None:
-    """Pretrain each of some objectives to its end.
+def _note(error: Exception, context: LedgerContext) -> None:
+    """Record a failure of the run's own, and return where every rank has it; raise it where the others go on."""
+    kind, alone = failures.kind_of(error), context.world_size == 1
+    if not alone and kind is Failure.ERROR and not isinstance(error, RaybdError):
+        # Most likely what a dead peer looks like from here: Ray starts the group again.
+        raise error
+    # All ranks compute one loss.
+    everywhere = alone or isinstance(error, NonFiniteError)
+    if context.rank == 0 or not everywhere:
+        context.require_last()
+        message, trace = failures.message_of(error), "".join(traceback.format_exception(error))
+        part = f"-rank{context.rank}" if context.rank else ""
+        failures.note(context.store, context.id, kind, message, trace=trace, of=Kind.PRETRAIN, part=part)
+    if not everywhere:
+        raise error
 
-    Workers that die, or hang and are ended, are started again (`resources.max_failures` times) and go on after the last
-    finished epoch; so does a new call after the driver died. Ray's own run has a new name each time: under an old one
-    it would return an old result.
+
+def _failures(store: Store, pretrain_id: str) -> tuple[dict[str, Any], ...]:
+    """Return the records of failures that are the run's own, not its workers'; none of one that never started."""
+    try:
+        found = Ledger(store).entry(Kind.PRETRAIN, pretrain_id).failures
+    except DataError:
+        return ()
+    return tuple(failure for failure in found if failure["kind"] not in (Failure.DIED, Failure.HUNG))
+
+
+def _is_open(store: Store, pretrain_id: str, before: int) -> bool:
+    """Say whether a run is still to be brought to its end: it is not done, and has not failed since this call began."""
+    return done(store, pretrain_id) is None and len(_failures(store, pretrain_id)) <= before
+
+
+def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store, share: Share) -> dict[str, str]:
+    """Pretrain each of some objectives to its end; return why those failed that did, by objective.
+
+    Workers that die, or hang and are ended, are started again, `resources.max_failures` times in a row without an epoch
+    between, and go on after the last finished epoch; so does a new call after the driver died. What failed by itself (a
+    loss that is not finite, data that are broken) is left to the next call.
 
     Args:
         pretrain_ids: by pretrain objective; none of them done.
 
-    Errors: TrialError (a loss that is not finite; the other objectives are trained all the same), DataError,
-        ClusterError.
+    Errors: StorageError, ClusterError.
     """
-    trainer = TorchTrainer(
+    before = {pretrain_id: len(_failures(store, pretrain_id)) for pretrain_id in pretrain_ids.values()}
+
+    def left() -> dict[str, str]:
+        return {name: id for name, id in pretrain_ids.items() if _is_open(store, id, before[id])}
+
+    def reached() -> tuple[int, int]:
+        epochs = sum(Ledger(store).last_epoch(Kind.PRETRAIN, id) for id in before)
+        return epochs, len(pretrain_ids) - len(left())
+
+    deaths, last = 0, reached()
+    while missing := left():
+        try:
+            uninterrupted(_trainer(study, missing, before, store, share).fit)
+        except WorkerGroupError as error:
+            cause = _cause(error)
+            deaths, last = 1 if reached() != last else deaths + 1, reached()
+            # A failure of a run's own is in the ledger: the others go on.
+            if left() == missing and (isinstance(cause, RaybdError) or deaths > study.resources.max_failures):
+                raise cause or _died(error) from None
+    failed = {name: _failures(store, id)[before[id] :] for name, id in pretrain_ids.items()}
+    return {name: f"{found[0]['kind']}: {found[0]['message']}" for name, found in failed.items() if found}
+
+
+def _trainer(
+    study: Study, pretrain_ids: Mapping[str, str], failures_before: Mapping[str, int], store: Store, share: Share
+) -> TorchTrainer:
+    """Return Ray's trainer. Its run has a new name each time: under an old one it would return an old result."""
+    return TorchTrainer(
         _worker,
         train_loop_config={
             "study": study.model_dump_json(),
             "pretrain_ids": dict(pretrain_ids),
+            "failures": dict(failures_before),
             "store": store,
             "threads": share.cpus_per_worker,
         },
@@ -94,28 +155,27 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
             use_gpu=share.use_gpu,
             resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
         ),
+        # Whether a group is started again is decided here: Ray cannot tell what is worth it.
         run_config=RunConfig(
             name=f"pretrain-{uuid.uuid4().hex[:8]}",
             storage_path=share.scratch,
-            failure_config=FailureConfig(max_failures=study.resources.max_failures),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    try:
-        result = uninterrupted(trainer.fit)
-    except WorkerGroupError as error:
-        raise _cause(error) from None
-    for pretrain_id, (what, fix) in result.return_value.items():
-        raise TrialError(what, where=f"pretraining {pretrain_id}", fix=fix)
 
 
-def _cause(error: WorkerGroupError) -> RaybdError:
-    """Return our own error among those of the workers, or one that says that they died."""
+def _cause(error: WorkerGroupError) -> RaybdError | None:
+    """Return our own error among those of the workers."""
     for failure in error.worker_failures.values():
         cause = getattr(failure, "cause", None) or failure
         while cause is not None:
             if isinstance(cause, RaybdError):
                 return cause
             cause = cause.__cause__
+    return None
+
+
+def _died(error: WorkerGroupError) -> ClusterError:
     first = next(iter(error.worker_failures.values()), error)
     return ClusterError(
         f"pretraining workers died: {str(first).strip().splitlines()[-1]}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import tempfile
 import threading
@@ -189,14 +188,9 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
             except OSError:
                 if time.monotonic() - seen > seconds:
                     gone.set()
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                    signals.interrupt_main()
                     return
 
-    def break_off(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    # A signal of its own: the others are a person's, or a spot machine's.
-    before = signal.signal(signal.SIGUSR1, break_off)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -212,7 +206,6 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
     finally:
         done.set()
         thread.join()
-        signal.signal(signal.SIGUSR1, before)
 
 
 def uninterrupted(function: Callable[[], Any]) -> Any:

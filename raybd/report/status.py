@@ -29,7 +29,9 @@ def _lines(store: Store) -> Iterator[str]:
         planned = entry.started["settings"]["epochs"]
         where = "done" if entry.ended else _OPEN
         if entry.failures:
-            where += f"; failures of workers: {_kinds(entry)}"
+            where += f"; failures: {_kinds(entry)}"
+        if entry.failures and not entry.ended:
+            where += f", the last one: {entry.failures[-1]['message']}"
         yield f"pretraining {entry.id}: epoch {max(entry.epochs, default=0)}/{planned}, {where}"
     trials = ledger.entries(Kind.TRIAL)
     if trials:

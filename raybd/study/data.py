@@ -53,7 +53,7 @@ class Resources(Section):
     concurrent_trials: PositiveInt | Literal["auto"] = "auto"
     cpus_per_trial: PositiveInt = 1
     gpus_per_trial: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_failures: NonNegativeInt = Field(3, description="how often pretraining workers may die before giving up")
+    max_failures: NonNegativeInt = Field(3, description="how often workers may die within one pretraining epoch")
     hang_minutes: NonNegativeFloat = Field(
         30.0, description="a pretraining worker that finishes no step or batch for so long is ended; 0: never"
     )
