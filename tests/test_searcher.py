@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -572,6 +574,23 @@ def test_a_head_that_is_gone_ends_what_runs_on_it() -> None:
     with pytest.raises(ClusterError, match="does not answer any more"), watched_head(address, seconds=0.5):
         time.sleep(60)
     assert time.monotonic() - began < 30
+
+
+def test_a_head_that_is_gone_ends_a_process_that_cannot_break_off() -> None:
+    code = (
+        "import time\n"
+        "from raybd.cluster import session\n"
+        "session._LEAVE_SECONDS = 0.5\n"
+        "with session.watched_head('127.0.0.1:1', seconds=0.5):\n"
+        "    while True:\n"
+        "        try:\n"
+        "            time.sleep(60)\n"
+        "        except KeyboardInterrupt:\n"
+        "            pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == ClusterError.exit_code
+    assert "127.0.0.1:1: the head of the Ray cluster does not answer any more" in done.stderr
 
 
 def test_workers_share_the_cpus() -> None:

@@ -35,7 +35,10 @@ for _name, _value in {
 
 import ray
 
+log = logging.getLogger(__name__)
+
 _OBJECT_STORE_BYTES = 256 * 1024**2
+_LEAVE_SECONDS = 10.0  # that the main thread may take to break off
 _HEAD_SECONDS = 20.0  # without an answer of the head, after which the cluster is gone
 
 
@@ -189,8 +192,17 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
                 if time.monotonic() - seen > seconds:
                     gone.set()
                     signals.interrupt_main()
+                    # Within a call of Ray that waits for the head no signal reaches Python, until Ray ends the process.
+                    if not done.wait(_LEAVE_SECONDS):
+                        log.error("%s", error)
+                        os._exit(error.exit_code)
                     return
 
+    error = ClusterError(
+        f"the head of the Ray cluster does not answer any more, for {seconds:.0f} s",
+        where=address,
+        fix="start the cluster again, then call the same command: each trial goes on after its last finished epoch",
+    )
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -198,11 +210,7 @@ def watched_head(address: str, *, seconds: float = _HEAD_SECONDS) -> Iterator[No
     except KeyboardInterrupt:
         if not gone.is_set():
             raise
-        raise ClusterError(
-            f"the head of the Ray cluster does not answer any more, for {seconds:.0f} s",
-            where=address,
-            fix="start the cluster again, then call the same command: each trial goes on after its last finished epoch",
-        ) from None
+        raise error from None
     finally:
         done.set()
         thread.join()
