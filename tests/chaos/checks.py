@@ -26,7 +26,10 @@ Finding = tuple[Harm, str]
 
 def compare(run: Store, reference: Store) -> Iterator[Finding]:
     """Yield all that a run has otherwise than one without a fault."""
-    study = Study.model_validate_json(json.dumps(json.loads(run.get("study.json"))["study"]))
+    record, wanted = (json.loads(store.get("study.json")) for store in (run, reference))
+    if record["pretrain_ids"] != wanted["pretrain_ids"]:
+        raise ValueError(f"{reference.uri} is a run of another study, or of another version of raybd")
+    study = Study.model_validate_json(json.dumps(record["study"]))
     for check in (
         lambda: _ledger(run, reference),
         lambda: _tables(run, reference),
