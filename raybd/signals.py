@@ -52,6 +52,9 @@ def interruptible(last_words: Callable[[], None]) -> Iterator[None]:
             # Once one has come the process ends: none of those that follow may break into that, nor into Python's own
             # end, which takes every handler back but this one.
             signal.signal(number, signal.SIG_IGN if _State.received else handler)
+        # Python ends by SIGINT, whatever its exit code, if the last text that it executed was interrupted, as those of
+        # dataclasses are while modules are imported: this is one that was not.
+        exec("")
 
 
 def arm() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+WAIT = "time.sleep(60)"
 COMMAND = """
 import sys, time
 from raybd import signals
@@ -24,7 +25,7 @@ signals.GRACE_SECONDS = 2.0
 def run(self, until):
     try:
         print("under way", flush=True)
-        time.sleep(60)
+        {wait}
     finally:
         print("going down", flush=True)
         time.sleep({down})
@@ -35,11 +36,12 @@ main()
 """
 
 
-def start(run_dir: Path, *, down: float, **more: object) -> subprocess.Popen[bytes]:
+def start(run_dir: Path, *, down: float, wait: str = WAIT, **more: object) -> subprocess.Popen[bytes]:
     """Start a command whose work is to wait, and which takes so many seconds to go down; return it under way."""
-    code = COMMAND.format(down=down)
+    run_dir.with_name("command.py").write_text(COMMAND.format(down=down, wait=wait))
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(run_dir)],
+        [sys.executable, "-m", "command", str(run_dir)],  # as `python -m raybd` is called
+        cwd=run_dir.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -74,6 +76,15 @@ def test_every_signal_ends_a_command_alike_and_a_second_changes_nothing(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_signal_while_a_text_is_executed_ends_a_command_no_other_way(tmp_path: Path) -> None:
+    """As imports do for each dataclass: Python notes that it was interrupted there, and would end by SIGINT."""
+    process = start(tmp_path / "run", down=0.1, wait="exec('print(1, flush=True); time.sleep(60)')")
+    wait_for(process, b"1")
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=20)[0].decode()
+    assert process.returncode == 130, printed
+
+
 def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> None:
     process = start(tmp_path / "run", down=60)
     began = time.monotonic()
@@ -87,7 +98,7 @@ def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> Non
 def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:
     """Writing to it is an error from then on."""
     master, slave = pty.openpty()
-    code = COMMAND.format(down=0) + "\n"
+    code = COMMAND.format(down=0, wait=WAIT) + "\n"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         stdin=slave,
