@@ -100,13 +100,14 @@ def test_pareto_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.put("study.json", b"{}")
     now = datetime.now(UTC)
-    tables.write(
-        store, "trials", "t", [{"trial_id": "t", "number": 0, "state": "complete", "started": now, "ended": now}]
-    )
+    same = {"study": "s", "study_hash": "h", "objective": "mmcl", "pretrain_id": "p", "method": "cleanclip"}
+    trial = {"trial_id": "t", "number": 0, "state": "complete", "started": now, "ended": now, "params_json": "{}"}
+    tables.write(store, "trials", "t", [{**same, **trial, "seed": 1, "attempt": 1, "epochs_done": 1}])
+    counts = {"n_clean": 10, "correct_clean": 5, "n_triggered": 10, "hit_target": 1, "correct_triggered": 4}
+    rates = {"zeroshot_top1": 0.5, "asr_top1": 0.1, "robust_top1": 0.4}
     for split in ("search", "report"):
-        same = {"study": "s", "objective": "mmcl", "pretrain_id": "p", "method": "cleanclip", "trial_id": "t"}
-        rates = {"epoch": 1, "split": split, "zeroshot_top1": 0.5, "asr_top1": 0.1}
-        tables.write(store, "epochs", split, [{**same, **rates}])
+        row = {**same, "trial_id": "t", "epoch": 1, "split": split, "step": 1, "samples_seen": 9, **rates, **counts}
+        tables.write(store, "epochs", split, [row])
     loaded = loaded_by(["pareto", str(tmp_path), "-f", "json"])
     assert "pyarrow" in loaded
     assert not loaded & {"torch", "ray", "optuna", "open_clip", "matplotlib", "pandas"}
