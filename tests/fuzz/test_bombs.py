@@ -206,6 +206,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
     )
     found = {name: (end, seconds) for name, end, seconds in map(json.loads, done.stdout.splitlines())}
     assert len(found) == len(BOMBS), f"after {len(found)} of {len(BOMBS)}: {done.stderr[-2000:]}"

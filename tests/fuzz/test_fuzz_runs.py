@@ -180,6 +180,7 @@ def read_ledger(store: Store) -> list[Any]:
     for entry in ledger.entries(Kind.PRETRAIN):
         found.append(pretrain_rows(entry))
     for entry in ledger.entries(Kind.TRIAL):
+        assert all(isinstance(record, dict) for record in (entry.started, *entry.epochs.values(), *entry.failures))
         row, points, tried = trial_row(entry), epoch_rows(entry), attack_rows(entry)
         tables.write(store, "trials", "one", [row])
         tables.write(store, "epochs", "one", points)
