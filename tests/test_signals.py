@@ -20,7 +20,7 @@ import sys, time
 from raybd import signals
 from raybd.cli import main
 from raybd.stages import Run
-signals.GRACE_SECONDS = 2.0
+signals.GRACE_SECONDS = {grace}
 
 def run(self, until):
     try:
@@ -36,16 +36,16 @@ main()
 """
 
 
-def start(run_dir: Path, *, down: float, wait: str = WAIT, **more: object) -> subprocess.Popen[bytes]:
+def start(run_dir: Path, *, down: float, grace: float = 60, wait: str = WAIT) -> subprocess.Popen[bytes]:
     """Start a command whose work is to wait, and which takes so many seconds to go down; return it under way."""
-    run_dir.with_name("command.py").write_text(COMMAND.format(down=down, wait=wait))
+    run_dir.with_name("command.py").write_text(COMMAND.format(down=down, grace=grace, wait=wait))
     process = subprocess.Popen(
         [sys.executable, "-m", "command", str(run_dir)],  # as `python -m raybd` is called
         cwd=run_dir.parent,
+        bufsize=0,  # nothing is read ahead that `communicate` would not see
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **more,  # type: ignore[call-overload]
     )
     wait_for(process, b"under way")
     return process
@@ -86,11 +86,11 @@ def test_a_signal_while_a_text_is_executed_ends_a_command_no_other_way(tmp_path:
 
 
 def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", down=60)
+    process = start(tmp_path / "run", down=60, grace=3)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=20)[0].decode()
-    assert 1.5 < time.monotonic() - began < 15
+    assert 2.5 < time.monotonic() - began < 15
     assert process.returncode == 130
     assert "To go on:" in printed
 
@@ -98,7 +98,7 @@ def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> Non
 def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:
     """Writing to it is an error from then on."""
     master, slave = pty.openpty()
-    code = COMMAND.format(down=0, wait=WAIT) + "\n"
+    code = COMMAND.format(down=0, grace=60, wait=WAIT) + "\n"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         stdin=slave,
