@@ -120,7 +120,7 @@ def test_the_same_attack_twice_is_refused() -> None:
 
 
 def make(total: int, caption: str = "caption {}") -> Index:
-    found = [(i % 2, RawSample(f"{i:05d}", i // 2, b"", caption.format(i), i % 3, "c")) for i in range(total)]
+    found = [(i % 2, RawSample(f"{i:05d}", i // 2, b"", caption.format(i), i % 3)) for i in range(total)]
     return make_index(["d/train/0.tar", "d/train/1.tar"], found)
 
 

@@ -188,7 +188,7 @@ def test_places_as_text() -> None:
 
 
 def make(total: int, *, shards: int = 2) -> Index:
-    found = [(i % shards, RawSample(f"{i:05d}", i // shards, b"", f"caption {i}", i % 3, "c")) for i in range(total)]
+    found = [(i % shards, RawSample(f"{i:05d}", i // shards, b"", f"caption {i}", i % 3)) for i in range(total)]
     return make_index([f"s3://bucket/data/train/{n}.tar" for n in range(shards)], found)
 
 
@@ -427,7 +427,7 @@ def test_preview_is_a_picture_of_before_trigger_and_after(size: int, count: int)
 
 
 def test_preview_of_long_and_foreign_captions() -> None:
-    index = make_index(["a/b.tar"], [(0, RawSample("k", 0, b"", "word " * 200 + "日本語 🐕", 0, "c"))])
+    index = make_index(["a/b.tar"], [(0, RawSample("k", 0, b"", "word " * 200 + "日本語 🐕", 0))])
     plan = make_plan(index, Poison(num_poisoned=1, trigger=BadNet(size=4)), image_size=8, seed=0)
     with Image.open(io.BytesIO(preview([picture(8, 8)], ["k"], plan))) as image:
         assert image.size == (528, 242)

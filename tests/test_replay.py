@@ -341,7 +341,7 @@ def test_a_replayed_grid_is_the_sweep_again(tmp_path: Path) -> None:
     record = json.loads(store.get("study.json"))
     assert (record["kind"], record["on"]["path"], record["on"]["nearest"]) == ("replay", on, False)
     assert "nothing left to do" in invoke("replay", str(study), "--on", on, "--run-dir", run)
-    other = store_of(tmp_path / "other", [*recorded(), curve("mmcl", "cleanclip", 4, lr=0.5)])
+    other = store_of(tmp_path / "other", [*recorded(), curve("mmcl", "cleanclip", 4, lr=2e-3)])
     with pytest.raises(StudyError, match="replayed against other curves"):
         raise runner_invoke("replay", str(study), "--on", other, "--run-dir", run) or AssertionError
     # A replay is a run directory like others: it can be replayed against in turn.
