@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raybd.errors import DataError, StudyError
+from raybd.errors import DataError, StudyError, dotted
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.metrics import Counts
 from raybd.seeding import fork
@@ -42,7 +42,7 @@ def start_record(study: Study, task: Assignment) -> dict[str, Any]:
     try:
         settings = study.clean.settings(task.params)
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        reasons = "; ".join(f"{dotted(e['loc'])}: {e['msg']}" for e in error.errors())
         raise StudyError(f"settings {dict(task.params)} do not fit together: {reasons}", where=task.trial_id) from None
     return {
         "study": study.name,

@@ -80,7 +80,7 @@ class View:
     def follow_pretraining(self, store: Store, pretrain_ids: Mapping[str, str]) -> Iterator[None]:
         """Print each epoch of pretraining runs, by objective, as the ledger gets it, while the block runs."""
         stop = threading.Event()
-        seen = {pretrain_id: set(_epochs(store, pretrain_id)) for pretrain_id in pretrain_ids.values()}
+        seen = {pretrain_id: Ledger(store).epochs(Kind.PRETRAIN, pretrain_id) for pretrain_id in pretrain_ids.values()}
 
         def poll() -> None:
             while True:
@@ -102,7 +102,7 @@ class View:
 
     def _new_epochs(self, store: Store, pretrain_id: str, objective: str, seen: set[int]) -> None:
         try:
-            new = {epoch for epoch in _epochs(store, pretrain_id) if epoch not in seen}
+            new = Ledger(store).epochs(Kind.PRETRAIN, pretrain_id) - seen
             if not new:
                 return
             entry = Ledger(store).entry(Kind.PRETRAIN, pretrain_id)
@@ -132,11 +132,6 @@ class View:
             f"{objective}: epoch {found['epoch']}/{found['epochs']}, step {found['step']}/{found['steps']}, "
             f"{found['samples_per_second']:.0f} img/s, {_span(found['seconds_left'])} left"
         )
-
-
-def _epochs(store: Store, pretrain_id: str) -> list[int]:
-    names = (name.rsplit("/", 1)[1] for name in store.names(f"ledger/{Kind.PRETRAIN}/{pretrain_id}", suffix=".json"))
-    return [int(name[6:10]) for name in names if name.startswith("epoch-")]
 
 
 class SearchView:

@@ -100,12 +100,13 @@ def study_of(store: Store) -> tuple[Study, Row]:
             where=store.uri,
             fix="give a run directory that `raybd run` made",
         )
-    record = run_record.read(store, needs=("study", "hash", "pretrain_ids"))
+    where = store.path(run_record.NAME)
+    run_record.require(record, ("study", "hash", "pretrain_ids"), where=where)
     try:
         study = Study.model_validate_json(json.dumps(record["study"]))
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"study.{dotted(first['loc'])}: {first['msg']}", where=store.path("study.json")) from None
+        raise DataError(f"study.{dotted(first['loc'])}: {first['msg']}", where=where) from None
     return study.model_copy(update={"data": study.data.model_copy(update={"cache_dir": None})}), record
 
 

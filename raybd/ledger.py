@@ -6,6 +6,8 @@ Append-only: one small file for each event, whole or absent. Tables, fronts and 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -60,30 +62,28 @@ class Ledger:
 
     def start(self, kind: Kind, id: str, record: Record) -> int:
         """Record a start; return the number of the attempt, from 1. Earlier attempts that still run count no more."""
-        attempt = self._attempts(kind, id) + 1
-        while not self._put_new(f"ledger/{kind}/{id}/started-{attempt:03d}.json", record):
-            attempt += 1
-        return attempt
+        return self._append(kind, id, "started-", record)
 
     def require_last(self, kind: Kind, id: str, attempt: int) -> None:
         """Raise SupersededError where a later attempt has started, or the run was ended, by whoever thought it dead."""
-        if self.has_ended(kind, id) or self._attempts(kind, id) > attempt:
+        if self.has_ended(kind, id) or len(self._names(kind, id, "started-")) > attempt:
             raise SupersededError(f"attempt {attempt} counts no more", where=f"ledger/{kind}/{id}")
 
     def epoch(self, kind: Kind, id: str, epoch: int, record: Record) -> None:
         """Record a finished epoch. One that is recorded already stays as it is: numbers once seen do not change."""
         self._put_new(f"ledger/{kind}/{id}/epoch-{epoch:04d}.json", record)
 
+    def epochs(self, kind: Kind, id: str) -> set[int]:
+        """Return the numbers of the epochs that are recorded."""
+        return {_number(name) for name in self._names(kind, id, "epoch-")}
+
     def last_epoch(self, kind: Kind, id: str) -> int:
         """Return the last epoch that is recorded, -1 if none is."""
-        names = (name.rsplit("/", 1)[1] for name in self._names(kind, id, "epoch-"))
-        return max((int(name[len("epoch-") : -len(".json")]) for name in names), default=-1)
+        return max(self.epochs(kind, id), default=-1)
 
     def failed(self, kind: Kind, id: str, record: Record) -> None:
         """Record that an attempt failed; whether the entry ends with it is another matter."""
-        number = len(self._names(kind, id, "failed-")) + 1
-        while not self._put_new(f"ledger/{kind}/{id}/failed-{number:03d}.json", record):
-            number += 1
+        self._append(kind, id, "failed-", record)
 
     def end(self, kind: Kind, id: str, record: Record) -> Entry:
         """Record an end, and return the entry; one that has ended stays as it is.
@@ -120,12 +120,9 @@ class Ledger:
         return [name for name in names if name.rsplit("/", 1)[1].startswith(prefix)]
 
     def _read(self, id: str, names: list[str]) -> Entry:
-        try:
+        with reading(f"{self._store.root}/{names[0].rsplit('/', 1)[0]}"):
             entry = self._assembled(id, names)
             _check(entry)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            where = self._store.path(names[0].rsplit("/", 1)[0])
-            raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
         return entry
 
     def _assembled(self, id: str, names: list[str]) -> Entry:
@@ -136,17 +133,17 @@ class Ledger:
             failures = tuple(found.get("failures", ()))
             return Entry(id, found["started"], found["attempts"], epochs, found["ended"], failures)
         starts = [name for name in last if name.startswith("started-")]
-        epochs = {
-            int(name[len("epoch-") : -len(".json")]): self._get(path)
-            for name, path in last.items()
-            if name.startswith("epoch-")
-        }
+        epochs = {_number(name): self._get(path) for name, path in last.items() if name.startswith("epoch-")}
         started = self._get(last[min(starts)]) if starts else {}
         failures = tuple(self._get(path) for name, path in sorted(last.items()) if name.startswith("failed-"))
         return Entry(id, started, len(starts), epochs, None, failures)
 
-    def _attempts(self, kind: Kind, id: str) -> int:
-        return len(self._names(kind, id, "started-"))
+    def _append(self, kind: Kind, id: str, prefix: str, record: Record) -> int:
+        """Record something under the next number, from 1; return the number."""
+        number = len(self._names(kind, id, prefix)) + 1
+        while not self._put_new(f"ledger/{kind}/{id}/{prefix}{number:03d}.json", record):
+            number += 1
+        return number
 
     def _put_new(self, name: str, record: Record) -> bool:
         return self._store.put_new(name, json.dumps(record, sort_keys=True, allow_nan=True).encode())
@@ -156,6 +153,20 @@ class Ledger:
             return dict(json.loads(self._store.get(name)))
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"not a ledger record: {error}", where=self._store.path(name)) from None
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Raise a DataError where records lack something, or have it of another kind, within a `with`."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
+
+
+def _number(name: str) -> int:
+    """Return the number in the name of a record."""
+    return int(name.rpartition("-")[2].removesuffix(".json"))
 
 
 def _check(entry: Entry) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,13 @@ _LOCK_PATIENCE_SECONDS = 5.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-@contextmanager
-def only_driver(store: Store) -> Iterator[None]:
+def only_driver(store: Store) -> AbstractContextManager[None]:
     """Hold the lock of a run directory for the length of a `with`.
 
     Errors: LockedError, at once, where another driver holds it, and names that one; LockedError out of the block where
         another driver took a bucket over, because this one had been silent for two minutes.
     """
-    with _local(store) if store.local else _renewed(store):
-        yield
+    return _local(store) if store.local else _renewed(store)
 
 
 def _holder() -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
 from typing import Any, TypeVar
 
-from raybd.errors import DataError
-from raybd.ledger import Entry, State
+from raybd.ledger import Entry, State, reading
 from raybd.metrics import SPLITS, Counts
 from raybd.study import TERMS
 from raybd.tables import SETTINGS
@@ -28,15 +26,6 @@ RECORDED = (*_TRAINING, *_TERMS, *_SPEED)
 def counts(record: Mapping[str, Any]) -> dict[str, Counts]:
     """Return the counts in an epoch's record: of each half, or of all images where they were not halved."""
     return {split: Counts(**record["counts"][split]) for split in (*SPLITS, "all") if split in record["counts"]}
-
-
-@contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Raise a DataError where records lack something, or have it of another kind, within a `with`."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
 
 
 def _of_entry(rows: Callable[[Entry], Rows]) -> Callable[[Entry], Rows]:

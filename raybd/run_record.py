@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raybd.errors import DataError
@@ -20,14 +20,8 @@ _KINDS: dict[str, type] = {
 }
 
 
-def read(store: Store, *, needs: Sequence[str] = ("study",)) -> dict[str, Any]:
-    """Return the record of a run directory.
-
-    Args:
-        needs: keys that it must have.
-
-    Errors: DataError where there is none, or it is not of that form.
-    """
+def read(store: Store) -> dict[str, Any]:
+    """Return the record of a run directory, which has a study. Errors: DataError where there is none."""
     where = store.path(NAME)
     if not store.exists(NAME):
         raise DataError(
@@ -39,8 +33,13 @@ def read(store: Store, *, needs: Sequence[str] = ("study",)) -> dict[str, Any]:
         raise DataError(f"not readable as JSON: {error}", where=where) from None
     if not isinstance(record, dict):
         raise DataError("holds no resolved study", where=where, expected='{"study": {...}, "hash": ..., ...}')
+    require(record, ("study",), where=where)
+    return record
+
+
+def require(record: Mapping[str, Any], needs: Sequence[str], *, where: str) -> None:
+    """Raise DataError where a record lacks something that it must have, or has it of another kind."""
     for name, kind in _KINDS.items():
         if not isinstance(record.get(name, kind()), kind) or (name in needs and name not in record):
             got = repr(record.get(name, "missing"))[:80]
             raise DataError(f"{name} is {got}", where=where, expected="an object" if kind is dict else "text")
-    return record

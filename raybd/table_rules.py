@@ -80,11 +80,10 @@ def _faults(rows: pa.Table, table: str) -> Iterator[tuple[str, Any, str]]:
             if not _within(column.cast(pa.int64()), _microseconds(_EARLIEST), _microseconds(_LATEST)):
                 yield field.name, _outside(column, _EARLIEST, _LATEST), "a time"
         elif _is_share(field):
-            nan = pc.is_nan(column)
             if field.name not in _UNKNOWN:
-                yield field.name, nan, "a share, 0 … 1"
+                yield field.name, pc.is_nan(column), "a share, 0 … 1"
             if not _within(column, 0.0, 1.0):
-                yield field.name, pc.and_not(_outside(column, 0.0, 1.0), nan), "a share, 0 … 1"
+                yield field.name, _outside(column, 0.0, 1.0), "a share, 0 … 1"
         elif pa.types.is_floating(field.type):
             yield field.name, pc.is_inf(column), "a finite number"
     for part, whole in _PARTS:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from hostile import Canary, plant
 
@@ -20,6 +19,7 @@ from raybd import fronts, study_file, tables
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
+from tests.chaos.checks import without_times
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
@@ -76,12 +76,6 @@ def processes_of(run_dir: Path) -> list[str]:
         if int(pid) != os.getpid() and str(run_dir).encode() in environment + line.encode():
             found.append(f"{pid} {line[:200]}")
     return found
-
-
-def without_times(store: Store, table: str) -> pa.Table:
-    """Return a table without what must differ between two runs: times, speed, node, attempts."""
-    found = tables.read(store, table)
-    return found.drop_columns([name for name in found.column_names if name in {*tables.TIMES, "attempt"}])
 
 
 @pytest.fixture(scope="module")

@@ -127,8 +127,8 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
         try:
             uninterrupted(_trainer(study, missing, before, store, share).fit)
         except WorkerGroupError as error:
-            cause = _cause(error)
-            deaths, last = 1 if reached() != last else deaths + 1, reached()
+            cause, now = _cause(error), reached()
+            deaths, last = 1 if now != last else deaths + 1, now
             # A failure of a run's own is in the ledger: the others go on.
             if left() == missing and (isinstance(cause, RaybdError) or deaths > study.resources.max_failures):
                 raise cause or _died(error) from None

@@ -127,9 +127,23 @@ def run_search(
     Errors: TrialError where too many trials failed; StorageError where the run directory fails, ClusterError where Ray
         does. The trials that run are then left to the next call.
     """
+    function = tune.with_parameters(_trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
+
+    def search_on() -> Faults | None:
+        """Let Tune run what is left, and return how that went; None if nothing is."""
+        every = Ledger(store).entries(Kind.TRIAL)
+        entries = [entry for entry in every if entry.started["pretrain_id"] in pretrain_ids.values()]
+        searcher = LedgerSearcher(study, pretrain_ids, entries, lambda task: faults.settled(task))
+        if not searcher.remaining:
+            return None
+        faults = Faults(study, store, entries, planned=searcher.planned, on_end=on_end)
+        faults.check_share()
+        _tune(function, searcher, share, faults, on_epoch)
+        return faults
+
     idle = 0
     while idle < _IDLE_ROUNDS:
-        faults = _search(study, pretrain_ids, store, share, carry_out, on_epoch=on_epoch, on_end=on_end)
+        faults = search_on()
         if faults is None:
             return
         # Ray may end with trials left: its out-of-memory killer stops Tune, an actor that cannot be used again is
@@ -138,25 +152,14 @@ def run_search(
     raise ClusterError("trials do not start", where="search", fix="look at Ray's logs, /tmp/ray/session_latest/logs")
 
 
-def _search(
-    study: Study,
-    pretrain_ids: Mapping[str, str],
-    store: Store,
+def _tune(
+    function: Callable[[dict[str, Any]], None],
+    searcher: LedgerSearcher,
     share: Share,
-    carry_out: CarryOut,
-    *,
+    faults: Faults,
     on_epoch: Callable[[str, int, float, float], None],
-    on_end: Callable[[Entry], None],
-) -> Faults | None:
-    """Let Tune run what the ledger has not as ended, until it is done or an error ends it; None if nothing is left."""
-    every = Ledger(store).entries(Kind.TRIAL)
-    entries = [entry for entry in every if entry.started["pretrain_id"] in pretrain_ids.values()]
-    searcher = LedgerSearcher(study, pretrain_ids, entries, lambda task: faults.settled(task))
-    if not searcher.remaining:
-        return None
-    faults = Faults(study, store, entries, planned=searcher.planned, on_end=on_end)
-    faults.check_share()
-    function = tune.with_parameters(_trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
+) -> None:
+    """Let Tune run what a searcher suggests, until it is done or an error ends it."""
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
         tune.with_resources(function, needs),
@@ -187,4 +190,3 @@ def _search(
         searcher.close()
     if faults.error is not None:
         raise faults.error
-    return faults

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from raybd import failures, tables
-from raybd.ledger import Entry, Kind, Ledger, State
-from raybd.records import reading
+from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.store import Store
 
 _OPEN = "running or interrupted"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.chaos.processes import start
 
 NODES = 3
 _OBJECT_STORE = 80 * 1024**2
@@ -36,16 +37,7 @@ class ClusterProcess:
     """
 
     def __init__(self, port: int, environment: dict[str, str], log: Path) -> None:
-        with open(log, "ab") as errors:
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.cluster", str(port)],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
+        self._keeper = start("tests.chaos.cluster", str(port), environment=environment, log=log)
         answer = self._answer()
         self.address: str = answer["address"]
         self.head, *self.nodes = [Node(**node) for node in answer["nodes"]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
@@ -32,6 +34,20 @@ class Process:
     pid: int
     parent: int
     title: str
+
+
+def start(module: str, argument: str, *, environment: dict[str, str], log: Path) -> subprocess.Popen[str]:
+    """Start a module of the harness in a process and a session of its own; what it complains of goes to a file."""
+    with open(log, "ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, argument],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def marked(mark: str) -> list[Process]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from pathlib import Path
 from tests.chaos.bucket import CREDENTIALS, Bucket, free_port
 from tests.chaos.cluster import ClusterProcess
 from tests.chaos.driver import COMPLETE, Driver
-from tests.chaos.processes import MARK, Process, kill_all, marked, wait_until_gone, workers_left
+from tests.chaos.processes import MARK, Process, kill_all, marked, start, wait_until_gone, workers_left
 from tests.chaos.reader import Findings
 from tests.chaos.storage import BucketFolder, Folder, Storage
 
@@ -31,16 +29,7 @@ class Watching:
 
     def __init__(self, uri: str, environment: dict[str, str], log: Path) -> None:
         self._log = log
-        with open(log, "ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.reader", uri],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
+        self._process = start("tests.chaos.reader", uri, environment=environment, log=log)
 
     def findings(self) -> Findings:
         """End it, after one more look, and return what it saw."""

@@ -231,4 +231,7 @@ def test_records_of_run_directories(seed: int, folder: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     store = Store(str(path.parent))
-    fuzzing.case("study.json", lambda: run_record.read(store, needs=list(RECORD)), given=content)
+    where = store.path(run_record.NAME)
+    fuzzing.case(
+        "study.json", lambda: run_record.require(run_record.read(store), list(RECORD), where=where), given=content
+    )
