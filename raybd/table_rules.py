@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,9 +14,8 @@ from raybd.errors import DataError
 
 _WHOSE = ("pretrain_id", "objective")
 _POINT = ("trial_id", "method", "epoch", "split", "zeroshot_top1", "asr_top1")
-# What tells an epoch in the table `epochs` from others, and the splits that its rows have: first, last, how many.
-_EPOCH = ("trial_id", "epoch", "objective", "pretrain_id", "method")
-_SPLITS = (("all", "all", 1), ("report", "search", 2))
+# What tells a row of the table `epochs` from others.
+POINT = ("trial_id", "epoch", "objective", "pretrain_id", "method", "split")
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "poison_plan": ("key", "trigger", "target_class", "caption_before", "caption_after"),
     "pretrain_epochs": (*_WHOSE, "epoch"),
@@ -127,24 +126,21 @@ def _shown(value: pa.Scalar) -> str:
         return str(value.value)
 
 
-def check_points(rows: pa.Table, *, where: str) -> None:
+def check_points(rows: Iterable[Mapping[str, Any]], *, where: str) -> None:
     """Refuse epochs that are there twice, or on one half of the evaluation set alone.
 
     Args:
-        rows: of the table `epochs`, all parts.
+        rows: of the table `epochs`, all parts, the columns `POINT`.
 
     Errors: DataError that names the trial and the epoch.
     """
-    # In Arrow: of a large sweep's rows as Python objects this would take longer than all else that is read.
-    splits = rows.group_by(_EPOCH).aggregate([("split", "min"), ("split", "max"), ("split", "count")])
-    kinds = splits.group_by(["split_min", "split_max", "split_count"]).aggregate([]).to_pylist()
-    if all(tuple(kind.values()) in _SPLITS for kind in kinds):
-        return
-    for found in rows.group_by(_EPOCH, use_threads=False).aggregate([("split", "list")]).to_pylist():
-        in_order = sorted(found["split_list"])
-        if (in_order[0], in_order[-1], len(in_order)) not in _SPLITS:
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in POINT[:-1]), []).append(row["split"])
+    for (trial, epoch, *_), splits in found.items():
+        if sorted(splits) not in (["all"], ["report", "search"]):
             raise DataError(
-                f"epoch {found['epoch']} of trial {found['trial_id']} has the splits {', '.join(found['split_list'])}",
+                f"epoch {epoch} of trial {trial} has the splits {', '.join(splits)}",
                 where=where,
                 expected="search and report once each, or all",
             )
