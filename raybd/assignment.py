@@ -17,6 +17,8 @@ from raybd.space import Value
 from raybd.store import Store
 from raybd.study import Failure, Study
 
+_FOLDERS = ("ledger", "tables", "state", "progress", "weights", "errors")  # of a run directory
+
 Point = tuple[float, float]
 Notify = Callable[[int, dict[str, Any]], None]
 
@@ -84,7 +86,7 @@ def drop_state(store: Store, id: str) -> None:
 
 def remove_leftovers(store: Store) -> None:
     """Remove what processes that were killed left: half-written files, and states of runs that have ended."""
-    store.remove_temporaries()
+    store.remove_temporaries(_FOLDERS)
     for name in (*store.names("state"), *store.names("progress")):
         id = name.partition("/")[2].rpartition(".")[0]
         if any(Ledger(store).has_ended(kind, id) for kind in Kind):

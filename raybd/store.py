@@ -157,14 +157,18 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.patiently("remove", name, lambda: self.fs.delete_file(self.path(name)), answers=(FileNotFoundError,))
 
-    def remove_temporaries(self) -> None:
-        """Remove what writers that were killed left. A writer that still lives writes its file anew."""
+    def remove_temporaries(self, folders: tuple[str, ...]) -> None:
+        """Remove what writers that were killed left in these folders. A writer that still lives writes its file anew.
+
+        Other folders are not looked into: a run directory may lie among files that are none of ours.
+        """
         if not self.local:
             return
-        for folder, _, files in os.walk(self.root):
-            for name in filter(_TEMPORARY.fullmatch, files):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, name))
+        for top in folders:
+            for folder, _, files in os.walk(self.path(top)):
+                for name in filter(_TEMPORARY.fullmatch, files):
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(folder, name))
 
     def _upload(self, name: str, content: bytes) -> None:
         # One write of ready bytes: an exception inside the stream would commit a truncated object.

@@ -364,6 +364,23 @@ def test_trials_of_another_pretrained_model_are_left_out() -> None:
     assert driver.searcher.remaining == 4
 
 
+@pytest.mark.parametrize(
+    ("params", "state"),
+    [
+        ({"unheard_of": 1}, State.COMPLETE),
+        ({"unheard_of": 1}, None),
+        (None, State.COMPLETE),
+        (None, None),
+        ({"lr": "high"}, State.COMPLETE),
+    ],
+)
+def test_records_that_no_search_of_this_study_made_are_named(params: Any, state: State | None) -> None:
+    task = {"trial_id": "mmcl-0000", "number": 0, "objective": "mmcl", "pretrain_id": "m", "params": params}
+    with pytest.raises(DataError, match="not the records of a run") as error:
+        Driver(study_of(num_trials=2), [entry_of(task, (40, 99), (39, 9), state=state)], ids={"mmcl": "m"})
+    assert error.value.where == "ledger/trials/mmcl-0000"
+
+
 def test_a_larger_number_of_trials_adds_to_those_that_ended() -> None:
     driver = Driver(study_of(num_trials=2, sampler="random"))
     tasks = driver.play(4)

@@ -417,6 +417,17 @@ def test_the_state_of_another_model_is_refused(images: Images, evaluation_set: E
         full_run(tmp_path, RESNET, images, evaluation_set, ssl=False)
 
 
+def test_the_state_of_another_version_is_refused(images: Images, evaluation_set: EvaluationSet, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        full_run(tmp_path, RESNET, images, evaluation_set, ssl=False, stop_after=1)
+    store = context_in(tmp_path).store
+    state = store.get("state/run.safetensors")
+    place = {name: value for name, value in checkpoint.metadata_of(state).items() if name != "record"}
+    store.put("state/run.safetensors", checkpoint.to_bytes(checkpoint.from_bytes(state, where=""), place))
+    with pytest.raises(CheckpointError, match="another version of raybd: it lacks record"):
+        full_run(tmp_path, RESNET, images, evaluation_set, ssl=False)
+
+
 def test_the_state_of_a_run_that_ended_is_gone(tmp_path: Path) -> None:
     context = context_in(tmp_path)
     assert (context.load_state(), context.last_epoch()) == (None, -1)

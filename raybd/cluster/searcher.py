@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from raybd import pareto
 from raybd import space as search_space
 from raybd.assignment import Assignment, point
-from raybd.ledger import Entry, State
+from raybd.ledger import Entry, State, reading
 from raybd.seeding import fork
 from raybd.space import Range, Value
 from raybd.study import Sampler, Search, Study, Tell, searchable
@@ -155,14 +155,24 @@ class LedgerSearcher(Searcher):
         self._objectives = {name: _Objective(study, name) for name in pretrain_ids}
         self._unfinished: list[Entry] = []
         self._assigned: dict[str, tuple[_Objective, Assignment, optuna.Trial]] = {}
-        for entry in sorted(entries, key=lambda e: (e.started["objective"], e.started["number"])):
-            if self._pretrain_ids.get(entry.started["objective"]) != entry.started["pretrain_id"]:
-                continue
-            if entry.ended is None:
-                self._unfinished.append(entry)
-                self._objectives[entry.started["objective"]].taken.add(entry.started["number"])
-            else:
-                self._objectives[entry.started["objective"]].replay(entry)
+        with reading("ledger/trials"):
+            entries = sorted(entries, key=lambda e: (e.started["objective"], e.started["number"]))
+        for entry in entries:
+            with reading(f"ledger/trials/{entry.id}"):
+                self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        """Take a trial of an earlier call into account."""
+        if self._pretrain_ids.get(entry.started["objective"]) != entry.started["pretrain_id"]:
+            return
+        objective = self._objectives[entry.started["objective"]]
+        if unknown := set(entry.started["params"]) - set(self._study.search.space):
+            raise ValueError(f"settings {sorted(unknown)} are not in search.space")
+        if entry.ended is None:
+            self._unfinished.append(entry)
+            objective.taken.add(entry.started["number"])
+        else:
+            objective.replay(entry)
 
     @property
     def planned(self) -> int:

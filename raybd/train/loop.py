@@ -340,6 +340,12 @@ class Training:
             return None
         tensors = checkpoint.from_bytes(content, where="state")
         place = checkpoint.metadata_of(content)
+        if missing := {"epoch", "step", "samples", "poisoned", "record"} - place.keys():
+            raise CheckpointError(
+                f"state of another version of raybd: it lacks {', '.join(sorted(missing))}",
+                where="state",
+                fix="go on with the version that wrote it, or in a new --run-dir",
+            )
         weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         try:
             self.clip.net.load_state_dict(weights)
