@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from raybd.cluster.pretrain import _failures, _is_open, _note
 from raybd.errors import DataError, NonFiniteError, SupersededError
@@ -38,6 +39,8 @@ def context(store: Store, *, rank: int, world_size: int) -> LedgerContext:
         (RuntimeError("CUDA out of memory"), 1, 2, "out_of_memory: RuntimeError: CUDA out of memory", True),
         # Most likely another rank died: no failure of the run.
         (RuntimeError("connection closed by peer"), 0, 2, None, True),
+        # A machine with one of Ray's own actors went.
+        (ActorDiedError(), 0, 1, None, True),
     ],
 )
 def test_a_failure_of_its_own_is_noted_and_that_of_a_peer_is_not(

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
@@ -73,6 +74,9 @@ def _report(watchdog: Watchdog, epoch: int, _: dict[str, Any]) -> None:
 def _note(error: Exception, context: LedgerContext) -> None:
     """Record a failure of the run's own, and return where every rank has it; raise it where the others go on."""
     kind, alone = failures.kind_of(error), context.world_size == 1
+    if isinstance(error, RayError):
+        # A report found one of Ray's own actors gone, with its machine: the run is as good as before.
+        raise error
     if not alone and kind is Failure.ERROR and not isinstance(error, RaybdError):
         # Most likely what a dead peer looks like from here: Ray starts the group again.
         raise error

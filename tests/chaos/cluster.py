@@ -42,9 +42,9 @@ class ClusterProcess:
         self.address: str = answer["address"]
         self.head, *self.nodes = [Node(**node) for node in answer["nodes"]]
 
-    def replace_node(self) -> None:
-        """Let a new node join in the place of those whose raylet is dead."""
-        _, *self.nodes = [Node(**node) for node in self._ask("replace")["nodes"]]
+    def replace_node(self, raylet: int) -> None:
+        """Let a new node join in the place of the one whose raylet was killed."""
+        _, *self.nodes = [Node(**node) for node in self._ask(str(raylet))["nodes"]]
 
     def stop(self) -> None:
         """End what is left of the cluster."""
@@ -95,8 +95,10 @@ def _keep(port: int) -> None:
 
     fill()
     tell()
-    for _ in sys.stdin:
-        for node in [node for node in nodes if node.dead_processes()]:
+    for raylet in map(int, sys.stdin):
+        for node in [node for node in nodes if pid(node, "raylet") == raylet]:
+            # A dead process that nobody has waited for still is one: its workers would take it for alive.
+            node.all_processes["raylet"][0].process.wait()
             cluster.remove_node(node, allow_graceful=False)
             nodes.remove(node)
         fill()

@@ -180,7 +180,7 @@ class Round:
         hit = kill(raylet)
         for process in nodes[raylet] if whole else ():
             kill(process.pid)
-        self._scene.cluster.replace_node()
+        self._scene.cluster.replace_node(raylet)
         return hit
 
     def _kill_head(self) -> bool:
