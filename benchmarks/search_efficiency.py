@@ -81,7 +81,9 @@ def drive(study: Study, found: Sequence[Curve]) -> list[Entry]:
     recorded = Recorded(found, nearest=True)
     recorded.check(study)
     on, done = ReplayTrial(tuple(found), nearest=True), dict[str, Entry]()
-    searcher = LedgerSearcher(study, recorded.pretrain_ids(study), [], lambda task: done[task.trial_id])
+    searcher = LedgerSearcher(
+        study, recorded.pretrain_ids(study), [], lambda task: done[task.trial_id], stop=lambda *_: False
+    )
     for number in range(searcher.remaining):
         task = searcher.suggest(str(number))
         assert isinstance(task, dict)

@@ -9,13 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raybd import stopping
 from raybd.errors import DataError, StudyError, dotted
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.metrics import Counts
 from raybd.seeding import fork
 from raybd.space import Value
 from raybd.store import Store
-from raybd.study import Failure, Study
+from raybd.study import Failure, Stopping, Study
 
 _FOLDERS = ("ledger", "tables", "state", "progress", "weights", "errors")  # of a run directory
 
@@ -30,6 +31,7 @@ class Assignment:
     Attributes:
         number: its place among the trials of its pretrain objective, from 0.
         params: the searched settings, by dotted name.
+        until: the epoch after which it waits to be compared with other trials; None where it runs to its end.
     """
 
     trial_id: str
@@ -37,6 +39,7 @@ class Assignment:
     objective: str
     pretrain_id: str
     params: Mapping[str, Value]
+    until: int | None = None
 
 
 def start_record(study: Study, task: Assignment) -> dict[str, Any]:
@@ -69,8 +72,35 @@ def point(record: Mapping[str, Any]) -> Point:
 
 
 # Carries an assignment out to its end, in the process of a Ray actor: picklable, and nothing heavy is imported before
-# it is called. It gets study, run directory, assignment and whom to tell of each epoch; it returns the ended entry.
+# it is called. It gets study, run directory, assignment and whom to tell of each epoch; it returns the entry as it
+# has ended or waits at a rung.
 CarryOut = Callable[[Study, Store, Assignment, Notify], Entry]
+
+
+class Stops:
+    """Says after which epoch a trial ends before its last one.
+
+    Args:
+        until: the rung at which it waits, None if there is none ahead.
+        points: of the epochs so far; whoever adds to them keeps them up to date.
+    """
+
+    def __init__(self, stopping: Stopping, until: int | None, points: Mapping[int, Point]) -> None:
+        self._stopping, self._until, self._points = stopping, until, points
+        self._reason: str | None = None
+        self._waits = False
+
+    def __call__(self, epoch: int) -> bool:
+        """Say whether the trial ends after an epoch."""
+        self._reason = stopping.collapse(self._stopping, epoch, self._points)
+        self._waits = self._reason is None and epoch == self._until
+        return self._waits or self._reason is not None
+
+    def outcome(self) -> dict[str, Any] | None:
+        """Return state and reason of the end of a trial; None for one that waits at its rung."""
+        if self._waits:
+            return None
+        return {"state": State.STOPPED, "stop_reason": self._reason} if self._reason else {"state": State.COMPLETE}
 
 
 def state_name(id: str) -> str:
@@ -108,17 +138,46 @@ def require_started(store: Store, study: Study, task: Assignment) -> Entry:
     return ledger.entry(Kind.TRIAL, task.trial_id)
 
 
+def done_already(ledger: Ledger, task: Assignment) -> Entry | None:
+    """Return the entry of a trial that has ended or waits at the rung of its assignment; None where there is work."""
+    try:
+        entry = ledger.entry(Kind.TRIAL, task.trial_id)
+    except DataError:
+        return None
+    waits = entry.waits and entry.pauses[-1]["epoch"] == task.until
+    return entry if entry.ended is not None or waits else None
+
+
 def settle(store: Store, study: Study, task: Assignment, *, reason: tuple[Failure, str] | None = None) -> Entry:
-    """Return a trial's ended ledger entry; one that has not ended is ended as failed here.
+    """Return a trial's ledger entry as it waits at a rung or has ended; otherwise it is ended as failed here.
 
     Args:
         reason: why it failed, if not as its last attempt did.
     """
     entry = require_started(store, study, task)
+    if entry.ended is not None or entry.waits:
+        return entry
+    return _end(store, task.trial_id, failed_record(entry, reason=reason))
+
+
+def stop(store: Store, trial_id: str, reason: str) -> Entry:
+    """End a trial that waits at a rung as stopped, and return its entry. Errors: DataError if it never started."""
+    entry = Ledger(store).entry(Kind.TRIAL, trial_id)
     if entry.ended is not None:
         return entry
-    entry = Ledger(store).end(Kind.TRIAL, task.trial_id, failed_record(entry, reason=reason))
-    drop_state(store, task.trial_id)
+    last = {name: entry.pauses[-1][name] for name in ("weight_decay_in_force", "node", "device")}
+    record = {"state": State.STOPPED, "stop_reason": reason, **last, "device_seconds": seconds_before(entry)}
+    return _end(store, trial_id, {**record, "ended": datetime.now(UTC).isoformat()})
+
+
+def seconds_before(entry: Entry) -> float:
+    """Return the device-seconds of a trial up to the rung that it left last."""
+    return sum(float(pause["device_seconds"]) for pause in entry.pauses)
+
+
+def _end(store: Store, trial_id: str, record: dict[str, Any]) -> Entry:
+    entry = Ledger(store).end(Kind.TRIAL, trial_id, record)
+    drop_state(store, trial_id)
     return entry
 
 

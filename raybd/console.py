@@ -153,6 +153,12 @@ class SearchView:
             self._view.line(f"  {trial_id} epoch {epoch}  accuracy {top1:6.2%}  ASR {asr:7.2%}")
         self._live()
 
+    def waits(self, entry: Entry) -> None:
+        """Print that a trial waits at a rung."""
+        self._running.pop(entry.id, None)
+        self._view.line(f"  {entry.id} waits at the rung of epoch {entry.pauses[-1]['epoch']}")
+        self._live()
+
     def ended(self, entry: Entry) -> None:
         """Print the end of a trial."""
         self._running.pop(entry.id, None)
@@ -161,10 +167,11 @@ class SearchView:
         row = trial_row(entry)
         params = ", ".join(f"{name}={_number(value)}" for name, value in entry.started["params"].items())
         reason = f": {row['error_type']}: {row['error_message']}" if row["state"] == "failed" else ""
+        why = f": {row['stop_reason']}" if row["stop_reason"] else reason
         per_trial = (time.monotonic() - self._started) / self._new
         left = f"  {_span(per_trial * (self._total - self._done))} left" if self._done < self._total else ""
         self._view.line(
-            f"  {entry.id} {row['state']}{reason}  ({params})  trial {self._done}/{self._total}{left}",
+            f"  {entry.id} {row['state']}{why}  ({params})  trial {self._done}/{self._total}{left}",
             style="red" if reason else None,
         )
         self._live()

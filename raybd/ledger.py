@@ -44,6 +44,7 @@ class Entry:
         epochs: the record of each finished epoch, by number.
         ended: the record of its end, None while it runs or after its process died.
         failures: the records of attempts that failed, the first one first.
+        pauses: the records of attempts that ended at a rung, where the trial waits to be compared with others.
     """
 
     id: str
@@ -52,6 +53,12 @@ class Entry:
     epochs: dict[int, Record]
     ended: Record | None
     failures: tuple[Record, ...] = ()
+    pauses: tuple[Record, ...] = ()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits at a rung: its last attempt ended there, and nobody has decided yet whether it goes on."""
+        return self.ended is None and bool(self.pauses) and self.pauses[-1]["attempt"] == self.attempts
 
 
 class Ledger:
@@ -85,6 +92,10 @@ class Ledger:
         """Record that an attempt failed; whether the entry ends with it is another matter."""
         self._append(kind, id, "failed-", record)
 
+    def pause(self, kind: Kind, id: str, record: Record) -> None:
+        """Record that an attempt, `attempt` in the record, ended at a rung."""
+        self._append(kind, id, "paused-", record)
+
     def end(self, kind: Kind, id: str, record: Record) -> Entry:
         """Record an end, and return the entry; one that has ended stays as it is.
 
@@ -92,7 +103,7 @@ class Ledger:
         """
         entry = self.entry(kind, id)
         content: Record = {"started": entry.started, "attempts": entry.attempts, "ended": record}
-        content["failures"] = entry.failures
+        content |= {"failures": entry.failures, "pauses": entry.pauses}
         content["epochs"] = {str(number): entry.epochs[number] for number in sorted(entry.epochs)}
         self._put_new(f"ledger/{kind}/{id}/ended.json", content)
         return self.entry(kind, id)
@@ -130,13 +141,16 @@ class Ledger:
         if "ended.json" in last:
             found = self._get(last["ended.json"])
             epochs = {int(number): record for number, record in found["epochs"].items()}
-            failures = tuple(found.get("failures", ()))
-            return Entry(id, found["started"], found["attempts"], epochs, found["ended"], failures)
+            several = (tuple(found.get(name, ())) for name in ("failures", "pauses"))
+            return Entry(id, found["started"], found["attempts"], epochs, found["ended"], *several)
         starts = [name for name in last if name.startswith("started-")]
         epochs = {_number(name): self._get(path) for name, path in last.items() if name.startswith("epoch-")}
         started = self._get(last[min(starts)]) if starts else {}
-        failures = tuple(self._get(path) for name, path in sorted(last.items()) if name.startswith("failed-"))
-        return Entry(id, started, len(starts), epochs, None, failures)
+        several = (
+            tuple(self._get(path) for name, path in sorted(last.items()) if name.startswith(prefix))
+            for prefix in ("failed-", "paused-")
+        )
+        return Entry(id, started, len(starts), epochs, None, *several)
 
     def _append(self, kind: Kind, id: str, prefix: str, record: Record) -> int:
         """Record something under the next number, from 1; return the number."""
@@ -175,6 +189,7 @@ def _check(entry: Entry) -> None:
         entry.started,
         *entry.epochs.values(),
         *entry.failures,
+        *entry.pauses,
         *([] if entry.ended is None else [entry.ended]),
     ):
         if not isinstance(record, dict):

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from raybd import space as search_space
 from raybd import tables
-from raybd.assignment import Assignment, Notify, start_record
+from raybd.assignment import Assignment, Notify, Point, Stops, done_already, point, start_record
 from raybd.curves import Curve
 from raybd.errors import StudyError
-from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.ledger import Entry, Kind, Ledger
 from raybd.seeding import fork
 from raybd.space import Range, Value
 from raybd.store import Store
@@ -115,7 +115,15 @@ class Recorded:
             if name in params or len(values) > 1:
                 found = self._having(name, flat[name], found, where=f"{where}, method {settings.method}")
         enough = _long_enough(found, settings.epochs, where=where)
-        return enough[seed % len(enough)]
+        curve = enough[seed % len(enough)]
+        for rung in study.search.stopping.rungs:
+            if rung < settings.epochs and rung not in curve.epochs:
+                raise StudyError(
+                    f"epoch {rung} of {curve.trial_id} is not recorded",
+                    where="search.stopping.rungs",
+                    expected=", ".join(str(epoch) for epoch in sorted(curve.epochs) if epoch),
+                )
+        return curve
 
     def _having(self, name: str, value: Value, curves: list[Curve], *, where: str) -> list[Curve]:
         """Return the curves of which a setting has a value. Errors: StudyError."""
@@ -181,17 +189,27 @@ class ReplayTrial:
     nearest: bool
 
     def __call__(self, study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-        """Return the ended entry. Errors: StudyError where no curve answers the assignment."""
+        """Return the entry, which has ended or waits at its rung. Errors: StudyError where no curve answers it."""
         ledger = Ledger(store)
-        if ledger.has_ended(Kind.TRIAL, task.trial_id):
-            return ledger.entry(Kind.TRIAL, task.trial_id)
+        if (done := done_already(ledger, task)) is not None:
+            return done
         record, epochs = recorded_trial(self, study, task)
-        ledger.start(Kind.TRIAL, task.trial_id, record)
+        attempt = ledger.start(Kind.TRIAL, task.trial_id, record)
+        known, points = ledger.epochs(Kind.TRIAL, task.trial_id), dict[int, Point]()
+        stops = Stops(study.search.stopping, task.until, points)
         for number, found in epochs.items():
-            ledger.epoch(Kind.TRIAL, task.trial_id, number, found)
-            notify(number, found)
-        ended = {"state": State.COMPLETE, "ended": datetime.now(UTC).isoformat(), "device": "recorded"}
-        return ledger.end(Kind.TRIAL, task.trial_id, ended)
+            points[number] = point(found)
+            if number not in known:
+                ledger.epoch(Kind.TRIAL, task.trial_id, number, found)
+                notify(number, found)
+            if number < record["settings"]["epochs"] and stops(number):
+                break
+        ended, place = stops.outcome(), {"node": None, "device": "recorded", "weight_decay_in_force": None}
+        if ended is None:
+            pause = {"attempt": attempt, "epoch": task.until, "device_seconds": 0.0, **place}
+            ledger.pause(Kind.TRIAL, task.trial_id, pause)
+            return ledger.entry(Kind.TRIAL, task.trial_id)
+        return ledger.end(Kind.TRIAL, task.trial_id, {**ended, **place, "ended": datetime.now(UTC).isoformat()})
 
 
 def recorded_trial(on: ReplayTrial, study: Study, task: Assignment) -> tuple[dict[str, Any], dict[int, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from raybd import fronts, run_record, tables
@@ -50,8 +52,8 @@ class StudyDirectory:
         self.ledger = Ledger(store)
         self.share: Any = None
         self.failed_pretraining: dict[str, str] = {}
-        self._trial_rows: list[dict[str, Any]] = []
-        self._epoch_rows: list[dict[str, Any]] = []
+        self._trial_rows: dict[str, dict[str, Any]] = {}
+        self._epoch_rows: dict[str, list[dict[str, Any]]] = {}
         self.earlier = self._open()
 
     def _open(self) -> dict[str, Any] | None:
@@ -97,7 +99,9 @@ class StudyDirectory:
 
         entries = self.ledger.entries(Kind.TRIAL)
         ended = sum(e.ended is not None and e.started["pretrain_id"] in ids.values() for e in entries)
-        searcher = LedgerSearcher(self.study, ids, entries, lambda task: settle(self.store, self.study, task))
+        searcher = LedgerSearcher(
+            self.study, ids, entries, lambda task: settle(self.store, self.study, task), stop=lambda *_: False
+        )
         return ended + searcher.remaining, ended
 
     def run_trials(self, ids: dict[str, str], carry_out: CarryOut) -> None:
@@ -113,25 +117,31 @@ class StudyDirectory:
 
         def on_end(entry: Entry) -> None:
             self._add_trial(entry)
-            view.ended(entry)
+            if entry.ended is not None:
+                view.ended(entry)
+            else:
+                view.waits(entry)
 
         with self.view.live("search: starting trials"):
             run_search(self.study, ids, self.store, share, carry_out, on_epoch=view.epoch, on_end=on_end)
 
     def _add_trial(self, entry: Entry) -> None:
-        """Write the parts of a trial that has ended, then the fronts as they are with it."""
-        epochs, trial = self._write_trial(entry)
-        self._epoch_rows += epochs
-        self._trial_rows.append(trial)
+        """Write the parts of a trial that has ended or waits at a rung, then the fronts as they are with it."""
+        self._write_trial(entry)
         self._update_fronts()
 
-    def _write_trial(self, entry: Entry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Write the parts of a trial that has ended, `trials` last: it says that all is there; return the rows."""
+    def _write_trial(self, entry: Entry) -> None:
+        """Write the parts of a trial that has ended or waits, `trials` last: it says that all is there."""
         epochs, trial = epoch_rows(entry), trial_row(entry)
         self._write_attacks(entry)
         tables.write(self.store, "epochs", entry.id, epochs)
         tables.write(self.store, "trials", entry.id, [trial])
-        return epochs, trial
+        self._epoch_rows[entry.id], self._trial_rows[entry.id] = epochs, trial
+
+    def _is_behind(self, entry: Entry) -> bool:
+        """Say whether the tables lack a trial, or have it as it was before it went on."""
+        there, now = self._trial_rows.get(entry.id), trial_row(entry)
+        return there is None or any(there[name] != now[name] for name in ("state", "epochs_done", "attempt"))
 
     def write_pretraining(self, entry: Entry) -> None:
         """Write the parts of a pretraining run that has ended, `pretrain_epochs` last: it says that all is there."""
@@ -146,27 +156,32 @@ class StudyDirectory:
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
         remove_leftovers(self.store)
+        self._trial_rows = {row["trial_id"]: row for row in tables.read(self.store, "trials").to_pylist()}
+        self._epoch_rows = defaultdict(list)
+        for row in tables.read(self.store, "epochs").to_pylist():
+            self._epoch_rows[row["trial_id"]].append(row)
         for entry in self.ledger.entries(Kind.TRIAL):
-            if entry.ended is not None and not self.store.exists(f"tables/trials/{entry.id}.parquet"):
+            if (entry.ended is not None or entry.pauses) and self._is_behind(entry):
                 self._write_trial(entry)
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
                 self.write_pretraining(entry)
-        self._epoch_rows = tables.read(self.store, "epochs").to_pylist()
-        self._trial_rows = tables.read(self.store, "trials").to_pylist()
 
     def _update_fronts(self) -> None:
-        """Write the fronts, then remove the weights of ended trials that are on none."""
+        """Write the fronts, then remove weights that are on none: of ended trials, and of epochs in the tables."""
         by_objective: dict[str, list[dict[str, Any]]] = {}
-        for row in fronts.compute(self._epoch_rows, self._trial_rows):
+        epochs = list(chain.from_iterable(self._epoch_rows.values()))
+        for row in fronts.compute(epochs, self._trial_rows.values()):
             by_objective.setdefault(row["objective"], []).append(row)
         for objective, rows in by_objective.items():
             kept = rows if self.keeps_weights else [{**row, "checkpoint": None} for row in rows]
             tables.write(self.store, "fronts", objective, kept)
         keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
-        ended = {row["trial_id"] for row in self._trial_rows}
+        ended = {trial_id for trial_id, row in self._trial_rows.items() if row["state"] != State.RUNNING}
+        measured = {fronts.checkpoint_name(row["trial_id"], row["epoch"]) for row in epochs}
         for name in self.store.names("weights"):
-            if name not in keep and name.split("/")[1] in ended:
+            # A trial that has gone on beyond a rung may have kept what no table has yet.
+            if name not in keep and (name.split("/")[1] in ended or name in measured):
                 self.store.delete(name)
 
     def finish(self) -> Outcome:
@@ -174,5 +189,5 @@ class StudyDirectory:
         from raybd.report import html
 
         self._update_fronts()
-        failed = sum(row["state"] == State.FAILED for row in self._trial_rows)
+        failed = sum(row["state"] == State.FAILED for row in self._trial_rows.values())
         return Outcome(failed=failed, failed_pretraining=len(self.failed_pretraining), report=html.write(self.store))

@@ -47,7 +47,9 @@ def write_run(store: Store, study: Study) -> None:
         entry = ledger.end(Kind.PRETRAIN, id, {"state": State.COMPLETE, "ended": NOW})
         tables.write(store, "pretrain_epochs", id, pretrain_rows(entry))
         store.put(f"pretrained/{id}.safetensors", weights)
-    searcher = LedgerSearcher(study, ids, [], lambda task: ledger.entry(Kind.TRIAL, task.trial_id))
+    searcher = LedgerSearcher(
+        study, ids, [], lambda task: ledger.entry(Kind.TRIAL, task.trial_id), stop=lambda *_: False
+    )
     for number in range(searcher.remaining):
         task = Assignment(**searcher.suggest(str(number)))
         ledger.start(Kind.TRIAL, task.trial_id, start_record(study, task))

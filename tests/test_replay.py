@@ -360,7 +360,7 @@ def test_one_worker_draws_on_ray_what_the_searcher_draws_by_itself(tmp_path: Pat
     invoke("replay", str(tmp_path / "made.yaml"), "--on", on, "--nearest", "--run-dir", run)
     trial = ReplayTrial(tuple(curves.read(on)), nearest=True)
     done: dict[str, Entry] = {}
-    searcher = LedgerSearcher(study, IDS, [], lambda task: done[task.trial_id])
+    searcher = LedgerSearcher(study, IDS, [], lambda task: done[task.trial_id], stop=lambda *_: False)
     for i in range(10):
         task = searcher.suggest(str(i))
         assert isinstance(task, dict)

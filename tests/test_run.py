@@ -305,7 +305,9 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     assert set(points.values()) == {1}
     # What a next call would begin with: every planned trial, none that runs for ever.
     found, entries = study_file.load(str(study), overrides=[]), ledger.entries(Kind.TRIAL)
-    searcher = LedgerSearcher(found, {"mmcl": entries[0].started["pretrain_id"]}, entries, lambda task: None)
+    searcher = LedgerSearcher(
+        found, {"mmcl": entries[0].started["pretrain_id"]}, entries, lambda task: None, stop=lambda *_: False
+    )
     assert (searcher.planned, searcher.remaining) == (4, 0)
     states = Counter(trial.state.name for trial in searcher._objectives["mmcl"].optuna.get_trials())
     assert states == {"COMPLETE": 3, "FAIL": 1}

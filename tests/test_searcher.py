@@ -74,7 +74,7 @@ class Driver:
 
     def __init__(self, study: Study, entries: list[Entry] | None = None, *, ids: dict[str, str] = IDS) -> None:
         self.ledger = {entry.id: entry for entry in entries or []}
-        self.searcher = LedgerSearcher(study, ids, list(self.ledger.values()), self.settle)
+        self.searcher = LedgerSearcher(study, ids, list(self.ledger.values()), self.settle, stop=lambda *_: False)
         self._asked = 0
 
     def settle(self, task: Assignment) -> Entry:

@@ -11,7 +11,7 @@ import ray.cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError
 
 from raybd import failures
-from raybd.assignment import Assignment, require_started, settle
+from raybd.assignment import Assignment, require_started, settle, stop
 from raybd.errors import ClusterError, StorageError, SupersededError, TrialError
 from raybd.ledger import Entry
 from raybd.store import Store
@@ -36,7 +36,7 @@ class Faults:
     Args:
         entries: what the ledger has now of the trials of this search.
         planned: how many trials it has in all.
-        on_end: called with the entry of each trial that ended.
+        on_end: called with the entry of each trial that ended or waits at a rung.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Faults:
         self._actors[str(actor)] = task
 
     def settled(self, task: Assignment) -> Entry | None:
-        """Return the ended entry of a trial, which is ended as failed if it has not ended by itself.
+        """Return the entry of a trial that ended or waits at a rung; if it does neither, it is ended as failed.
 
         None where the ledger fails, which ends the search.
         """
@@ -75,11 +75,20 @@ class Faults:
         return found
 
     def ended(self, task: Assignment) -> None:
-        """Pass on the end of a trial."""
-        entry = self.settled(task)
-        if entry is not None:
-            self.events += 1
-            self.guard(lambda: self._on_end(entry))
+        """Pass on the end of a trial, or that it waits at a rung."""
+        self._pass_on(self.settled(task))
+
+    def stopped(self, trial_id: str, reason: str) -> bool:
+        """Stop a trial that waits at a rung; return whether that is recorded. Where not, the search ends."""
+        self._pass_on(self.guard(lambda: stop(self._store, trial_id, reason)))
+        return self.error is None
+
+    def _pass_on(self, entry: Entry | None) -> None:
+        if entry is None:
+            return
+        self.events += 1
+        self.guard(lambda: self._on_end(entry))
+        if entry.ended is not None:
             self._ended[entry.id] = entry
             self.guard(self.check_share)
 

@@ -43,8 +43,7 @@ def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: C
     except StudyError as error:
         # It could not start, and would not the next time.
         entry = settle(store, found, task, reason=(Failure.SETTINGS, error.what))
-    assert entry.ended is not None
-    if entry.ended.get("error_type") in SPOILING:
+    if entry.ended is not None and entry.ended.get("error_type") in SPOILING:
         raise TrialError("this process is not used again", where=task.trial_id)
     # A trial that failed before its first epoch must still report something: Ray takes silence for a fault of its own.
     tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0, "ended": True})
@@ -122,7 +121,7 @@ def run_search(
     Args:
         carry_out: what a trial does with its assignment: train, or look a recorded curve up.
         on_epoch: called with trial, epoch, accuracy and ASR (search half) as they come in.
-        on_end: called with the ledger entry of each trial that ended, whatever its state.
+        on_end: called with the ledger entry of each trial that ended, whatever its state, or waits at a rung.
 
     Errors: TrialError where too many trials failed; StorageError where the run directory fails, ClusterError where Ray
         does. The trials that run are then left to the next call.
@@ -133,7 +132,13 @@ def run_search(
         """Let Tune run what is left, and return how that went; None if nothing is."""
         every = Ledger(store).entries(Kind.TRIAL)
         entries = [entry for entry in every if entry.started["pretrain_id"] in pretrain_ids.values()]
-        searcher = LedgerSearcher(study, pretrain_ids, entries, lambda task: faults.settled(task))
+        searcher = LedgerSearcher(
+            study,
+            pretrain_ids,
+            entries,
+            lambda task: faults.settled(task),
+            stop=lambda trial_id, reason: faults.stopped(trial_id, reason),
+        )
         if not searcher.remaining:
             return None
         faults = Faults(study, store, entries, planned=searcher.planned, on_end=on_end)
@@ -167,7 +172,7 @@ def _tune(
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=_Retries(faults),
-            num_samples=searcher.remaining,
+            num_samples=-1,  # until the searcher says that it has no more
             max_concurrent_trials=share.concurrent_trials,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
+from pydantic import ValidationError
 from ray.tune.search import Searcher
 
-from raybd import pareto
+from raybd import pareto, stopping
 from raybd import space as search_space
-from raybd.assignment import Assignment, point
+from raybd.assignment import Assignment, Point, point
 from raybd.ledger import Entry, State, reading
 from raybd.seeding import fork
 from raybd.space import Range, Value
@@ -54,13 +57,16 @@ def distribution(name: str, found: Range) -> BaseDistribution:
 
 
 def told(entry: Entry, rule: Tell) -> tuple[float, float] | None:
-    """Return what Optuna is told of an ended trial: accuracy and ASR, search half, of the epoch that stands for it.
+    """Return what Optuna is told of a trial: accuracy and ASR, search half, of the epoch that stands for it.
 
     None for one that failed. `largest_area` takes the epoch after cleaning began with the largest accuracy x (1 - ASR).
+    Of a trial that came to a rung only the epochs up to its first one count, however far it went on: trials are
+    compared at the same cost, and what was told does not change.
     """
-    if entry.ended is None or entry.ended["state"] == State.FAILED:
+    if not entry.pauses and (entry.ended is None or entry.ended["state"] == State.FAILED):
         return None
-    records = [record for epoch, record in sorted(entry.epochs.items()) if epoch]
+    last = entry.pauses[0]["epoch"] if entry.pauses else math.inf
+    records = [record for epoch, record in sorted(entry.epochs.items()) if 0 < epoch <= last]
     points = [point(record) for record in records]
     if not points:
         return None
@@ -69,6 +75,23 @@ def told(entry: Entry, rule: Tell) -> tuple[float, float] | None:
         return point([record for record in records if record.get("alpha") is None][-1])
     top1, asr = zip(*points, strict=True)
     return points[pareto.largest_area(top1, asr)]
+
+
+@dataclass
+class _Known:
+    """What a search with rungs remembers of a trial that has been at one.
+
+    Attributes:
+        points: by epoch.
+        rungs: the epochs at which it has arrived.
+        waits: whether it waits at the last of them.
+    """
+
+    task: Assignment
+    epochs: int
+    points: dict[int, Point]
+    rungs: tuple[int, ...]
+    waits: bool
 
 
 class _Objective:
@@ -82,14 +105,14 @@ class _Objective:
         self._grid = search_space.grid(self._search.space) if self._search.sampler is Sampler.GRID else None
         total = self._search.num_trials
         self.total = total if self._grid is None else min(total, len(self._grid) + len(self._search.known))
-        self.running: dict[str, optuna.Trial] = {}
         self.taken: set[int] = set()
+        self.known: dict[str, _Known] = {}
+        self._going: list[Assignment] = []
 
     def replay(self, entry: Entry) -> None:
-        """Give Optuna a trial that has ended."""
+        """Give Optuna a trial that has ended, or has come to its first rung."""
         values = told(entry, self._search.tell)
         params = entry.started["params"]
-        self.taken.add(entry.started["number"])
         attributes = {}
         if isinstance(self.optuna.sampler, NSGAIISampler):
             # As NSGA-II itself does when it is asked: a generation is full when so many of it are complete, and its
@@ -131,15 +154,78 @@ class _Objective:
         """Return the lowest number not tried yet, None if all are."""
         return next((n for n in range(self.total) if n not in self.taken), None)
 
+    def until(self, params: Mapping[str, Value]) -> int | None:
+        """Return the first rung of a trial with these settings, None if it has none."""
+        try:
+            epochs = self._study.clean.settings(params).epochs
+        except ValidationError:
+            return None  # it will fail as it starts
+        return stopping.next_rung(self._search.stopping, done=0, epochs=epochs)
+
+    def arrived(self, entry: Entry) -> None:
+        """Take note of a trial that is at a rung or has ended."""
+        if not entry.pauses:
+            return
+        started = entry.started
+        rungs, epochs = tuple(pause["epoch"] for pause in entry.pauses), started["settings"]["epochs"]
+        task = Assignment(
+            entry.id,
+            started["number"],
+            self.name,
+            started["pretrain_id"],
+            started["params"],
+            until=stopping.next_rung(self._search.stopping, done=rungs[-1], epochs=epochs),
+        )
+        points = {epoch: point(record) for epoch, record in entry.epochs.items()}
+        self.known[entry.id] = _Known(task, epochs, points, rungs, entry.waits)
+
+    @property
+    def waiting(self) -> int:
+        """How many trials wait at a rung."""
+        return len(self._going) + sum(trial.waits for trial in self.known.values())
+
+    def promotion(self, running: Sequence[Assignment], stop: Callable[[str, str], bool]) -> Assignment | None:
+        """Return the assignment of a trial that goes on beyond the lowest rung where any wait; None if none does now.
+
+        Once all have arrived there, those that do not go on are stopped.
+
+        Args:
+            running: what is under way of this objective.
+            stop: see `LedgerSearcher`.
+        """
+        if not self._going:
+            self._decide(running, stop)
+        return self._going.pop(0) if self._going else None
+
+    def _decide(self, running: Sequence[Assignment], stop: Callable[[str, str], bool]) -> None:
+        """Decide who goes on beyond the lowest rung where trials wait, if all have arrived there."""
+        while not self._going and (at := [trial.rungs[-1] for trial in self.known.values() if trial.waits]):
+            rung = min(at)
+            if any(task.until is not None and task.until <= rung for task in running):
+                return
+            arrived = {name: trial.points for name, trial in self.known.items() if rung in trial.rungs}
+            decision = stopping.decide(self._search.stopping, rung, arrived)
+            here = {name for name, trial in self.known.items() if trial.waits and trial.rungs[-1] == rung}
+            for name, reason in decision.stopped.items():
+                if name in here and not stop(name, reason):
+                    return
+            self._going = [self.known[name].task for name in decision.go_on if name in here]
+            for name in here:
+                self.known[name].waits = False
+
 
 class LedgerSearcher(Searcher):
     """Suggests assignments and learns from the ledger what became of them.
+
+    A study with rungs (`raybd.stopping`) has a trial wait at each: it is suggested once up to its first rung, and, if
+    it goes on, again up to the next one. Optuna is told of it once, at the first.
 
     Args:
         study: with the space, the sampler and the number of trials.
         pretrain_ids: by pretrain objective, in the order of the study.
         entries: what the ledger has of earlier calls: ended ones are replayed, others are run first, as they were.
-        settle: returns the ended ledger entry of a trial; None where the ledger cannot be read or written now.
+        settle: returns the ledger entry of a trial, ended or waiting; None where the ledger fails now.
+        stop: ends a trial that waits, given its id and the reason; False where the ledger fails now.
     """
 
     def __init__(
@@ -148,13 +234,15 @@ class LedgerSearcher(Searcher):
         pretrain_ids: Mapping[str, str],
         entries: list[Entry],
         settle: Callable[[Assignment], Entry | None],
+        *,
+        stop: Callable[[str, str], bool],
     ) -> None:
         super().__init__(metric=None, mode=None)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study, self._pretrain_ids, self._settle = study, dict(pretrain_ids), settle
+        self._study, self._pretrain_ids, self._settle, self._stop = study, dict(pretrain_ids), settle, stop
         self._objectives = {name: _Objective(study, name) for name in pretrain_ids}
         self._unfinished: list[Entry] = []
-        self._assigned: dict[str, tuple[_Objective, Assignment, optuna.Trial]] = {}
+        self._assigned: dict[str, tuple[_Objective, Assignment, optuna.Trial | None]] = {}
         with reading("ledger/trials"):
             entries = sorted(entries, key=lambda e: (e.started["objective"], e.started["number"]))
         for entry in entries:
@@ -168,11 +256,12 @@ class LedgerSearcher(Searcher):
         objective = self._objectives[entry.started["objective"]]
         if unknown := set(entry.started["params"]) - set(self._study.search.space):
             raise ValueError(f"settings {sorted(unknown)} are not in search.space")
-        if entry.ended is None:
-            self._unfinished.append(entry)
-            objective.taken.add(entry.started["number"])
-        else:
+        objective.taken.add(entry.started["number"])
+        if entry.ended is not None or entry.pauses:
             objective.replay(entry)
+            objective.arrived(entry)
+        if entry.ended is None and not entry.waits:
+            self._unfinished.append(entry)
 
     @property
     def planned(self) -> int:
@@ -181,23 +270,44 @@ class LedgerSearcher(Searcher):
 
     @property
     def remaining(self) -> int:
-        """How many trials are still to be started."""
+        """How many trials are still to be started or to go on."""
         untried = sum(o.total - len([n for n in o.taken if n < o.total]) for o in self._objectives.values())
-        return untried + len(self._unfinished)
+        return untried + len(self._unfinished) + sum(o.waiting for o in self._objectives.values())
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next assignment: unfinished ones first, then the objective that has had the fewest."""
+        """Return the next assignment: unfinished ones first, then new ones, then those that go on beyond a rung.
+
+        New ones are for the objective that has had the fewest. None where what runs must arrive before it is known.
+        """
         if self._unfinished:
             entry = self._unfinished.pop(0)
-            objective = self._objectives[entry.started["objective"]]
-            number, fixed = entry.started["number"], entry.started["params"]
-        else:
-            open_ones = [o for o in self._objectives.values() if o.next_number() is not None]
-            if not open_ones:
-                return Searcher.FINISHED
+            return self._suggest_again(trial_id, entry)
+        open_ones = [o for o in self._objectives.values() if o.next_number() is not None]
+        if open_ones:
             objective = min(open_ones, key=lambda o: len(o.taken))
             number = objective.next_number() or 0
-            fixed = objective.fixed(number)
+            return self._suggest(trial_id, objective, number, objective.fixed(number))
+        running = [task for _, task, _ in self._assigned.values()]
+        for objective in self._objectives.values():
+            task = objective.promotion([task for task in running if task.objective == objective.name], self._stop)
+            if task is not None:
+                self._assigned[trial_id] = (objective, task, None)
+                return dict(vars(task))
+        return None if running else Searcher.FINISHED
+
+    def _suggest_again(self, trial_id: str, entry: Entry) -> dict[str, Any]:
+        """Return the assignment of a trial that was under way when a call ended."""
+        objective, number = self._objectives[entry.started["objective"]], entry.started["number"]
+        if not entry.pauses:
+            return self._suggest(trial_id, objective, number, entry.started["params"])
+        task = objective.known[entry.id].task
+        self._assigned[trial_id] = (objective, task, None)
+        return dict(vars(task))
+
+    def _suggest(
+        self, trial_id: str, objective: _Objective, number: int, fixed: Mapping[str, Value] | None
+    ) -> dict[str, Any]:
+        """Return the assignment of a trial that starts, its settings as fixed or as Optuna draws them."""
         trial = objective.ask(number, fixed)
         task = Assignment(
             trial_id=f"{objective.name}-{number:04d}",
@@ -205,6 +315,7 @@ class LedgerSearcher(Searcher):
             objective=objective.name,
             pretrain_id=self._pretrain_ids[objective.name],
             params=dict(trial.params),
+            until=objective.until(trial.params),
         )
         self._assigned[trial_id] = (objective, task, trial)
         return dict(vars(task))
@@ -215,6 +326,10 @@ class LedgerSearcher(Searcher):
             return
         objective, task, trial = self._assigned.pop(trial_id)
         entry = self._settle(task)
+        if entry is not None:
+            objective.arrived(entry)
+        if trial is None:
+            return
         values = told(entry, self._study.search.tell) if entry else None
         if values is None:
             objective.optuna.tell(trial, state=TrialState.FAIL)
@@ -224,7 +339,8 @@ class LedgerSearcher(Searcher):
     def close(self) -> None:
         """Tell Optuna that what was under way when a search was broken off came to nothing."""
         for objective, _, trial in self._assigned.values():
-            objective.optuna.tell(trial, state=TrialState.FAIL)
+            if trial is not None:
+                objective.optuna.tell(trial, state=TrialState.FAIL)
         self._assigned.clear()
 
     def save(self, checkpoint_path: str) -> None:

@@ -10,6 +10,7 @@ from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.store import Store
 
 _OPEN = "running or interrupted"
+_WAITS = "waiting at a rung"
 _SHOWN = 5  # reasons, and trials that are tried again
 
 
@@ -40,7 +41,7 @@ def _lines(store: Store) -> Iterator[str]:
 
 
 def _of_ledger(store: Store, trials: list[Entry]) -> Iterator[str]:
-    yield _states(str(entry.ended["state"]) if entry.ended else _OPEN for entry in trials)
+    yield _states(str(e.ended["state"]) if e.ended else _WAITS if e.waits else _OPEN for e in trials)
     yield from _failed(store, failures.failed_trials(trials))
     again = [e for e in trials if e.failures and not (e.ended and e.ended["state"] == State.FAILED)]
     if again:

@@ -35,7 +35,7 @@ from raybd.study.poison import (
     Trigger,
     Warped,
 )
-from raybd.study.search import Failure, Sampler, Search, Tell
+from raybd.study.search import Failure, Sampler, Search, Stopping, Tell
 from raybd.study.training import (
     TERMS,
     ImageView,
@@ -81,6 +81,7 @@ __all__ = [
     "Schedule",
     "Search",
     "Sig",
+    "Stopping",
     "Study",
     "Tell",
     "TextView",

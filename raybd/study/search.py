@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -82,6 +83,25 @@ def _range_fault(name: str, found: Range) -> str:
     return ""
 
 
+class Stopping(Section):
+    """Which trials end before their last epoch. Off unless `rungs` or `collapse_below` is given."""
+
+    rungs: tuple[PositiveInt, ...] = Field(
+        (), max_length=20, description="epochs after which trials wait for all others, are ranked, and a share goes on"
+    )
+    keep: float = Field(0.5, gt=0, lt=1, description="share of the trials at a rung that goes on")
+    collapse_below: float = Field(
+        0.0, ge=0, lt=1, description="a trial with less than this share of the poisoned model's accuracy ends; 0: never"
+    )
+    grace_epochs: PositiveInt = Field(1, description="the first epoch after which accuracy counts as collapsed")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.rungs)):
+            raise Misfit([(("rungs",), f"{list(self.rungs)} must rise")])
+        return self
+
+
 class Search(Section):
     """Which cleanings are tried."""
 
@@ -92,6 +112,7 @@ class Search(Section):
     space: dict[Searched, Range] = Field(default_factory=dict)
     known: tuple[dict[Searched, search_space.Value], ...] = Field((), description="settings to try first")
     tell: Tell = Field(Tell.LARGEST_AREA, description="which epoch stands for a trial before Optuna")
+    stopping: Stopping = Stopping()
     retries: NonNegativeInt = Field(
         1,
         description="how often a trial that failed is tried again, from its last finished epoch; counted anew after "

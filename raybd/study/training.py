@@ -32,9 +32,10 @@ class Precision(StrEnum):
 
 
 class Schedule(StrEnum):
-    """Learning rate after the warm-up: a cosine to 0, or as PAR's: in a line to a tenth halfway, then a cosine to 0."""
+    """Learning rate after the warm-up: see `raybd.train.schedule.learning_rate`."""
 
     COSINE = "cosine"
+    CONSTANT_COOLDOWN = "constant_cooldown"
     PAR = "par"
 
 

@@ -105,6 +105,13 @@ class LedgerContext:
         drop_state(self.store, self.id)
         return entry
 
+    def pause(self, record: dict[str, Any]) -> Entry:
+        """Record that the run ends here for now, with its state kept; return its entry. Errors: SupersededError."""
+        self.require_last()
+        ledger = Ledger(self.store)
+        ledger.pause(self.kind, self.id, {"attempt": self.attempt, **record})
+        return ledger.entry(self.kind, self.id)
+
     def require_last(self) -> None:
         """Raise SupersededError where this attempt counts no more: nothing of it may be recorded then."""
         if self.attempt is not None:

@@ -6,6 +6,7 @@ B this rank's part of a batch, N the global batch, D embedding width.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,7 @@ class Training:
         evaluation_set: evaluated before the first epoch and after each.
         max_broken: share of broken samples in an epoch above which the run stops.
         recipe: what a cleaning method changes of plain training.
+        halt: asked after each epoch whether the run ends there, before its last one.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class Training:
         *,
         max_broken: float = 1.0,
         recipe: Recipe | None = None,
+        halt: Callable[[int], bool] = lambda epoch: False,
     ) -> None:
         self.clip, self.pairs, self.settings, self.context = clip, pairs, settings, context
         self.evaluation_set, self.max_broken = evaluation_set, max_broken
-        self.recipe = recipe or Recipe()
+        self.recipe, self._halt = recipe or Recipe(), halt
         weights = settings.loss_weights
         freeze_unused(clip.net, image=weights.uses_images, text=weights.uses_texts, bias=weights.siglip > 0)
         clip.net.to(context.device, memory_format=torch.channels_last)
@@ -106,7 +109,7 @@ class Training:
         self.epoch = self.step = self.samples_seen = self.poisoned_seen = 0
 
     def run(self) -> None:
-        """Train to the last epoch, from the start or from where the context says it was left.
+        """Train to the last epoch or where it is halted, from the start or from where the context says it was left.
 
         Errors: NonFiniteError where the loss is not finite; DataError where too many samples are broken.
         """
@@ -132,6 +135,8 @@ class Training:
             ids = [device.index] if device.type == "cuda" else None
             self._net = DistributedDataParallel(self.clip.net, device_ids=ids)
         for epoch in range(done + 1, self.settings.epochs + 1):
+            if self._halt(epoch - 1):
+                return
             sums = self._train_epoch(epoch)
             self._finish_epoch(epoch, sums, time.perf_counter())
         first = max(0, reported - self.settings.epochs)

@@ -121,7 +121,7 @@ def _weights(run: Store, reference: Store, study: Study) -> Iterator[Finding]:
 def _optuna(run: Store, study: Study) -> Iterator[Finding]:
     """Optuna, told what the ledger has, knows every trial as ended, and has none to suggest."""
     ids = json.loads(run.get("study.json"))["pretrain_ids"]
-    searcher = LedgerSearcher(study, ids, Ledger(run).entries(Kind.TRIAL), _never)
+    searcher = LedgerSearcher(study, ids, Ledger(run).entries(Kind.TRIAL), _never, stop=lambda *_: False)
     if searcher.remaining:
         yield Harm.LOST, f"Optuna: {searcher.remaining} trials remain"
     for name, objective in searcher._objectives.items():
