@@ -13,6 +13,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from raybd.errors import SupersededError
 from raybd.ledger import Entry, Kind, Ledger
 from raybd.records import epoch_rows, pretrain_rows, trial_row
 from raybd.store import Store
-from raybd.study import Study
+from raybd.study import Stopping, Study
 from raybd.tables import TIMES
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
@@ -214,6 +215,50 @@ def test_killed_at_random_moments_it_gives_the_same_bits(whole: Whole, monkeypat
         monkeypatch.undo()
         assert in_child(lambda: carry_out(whole.what, whole.study, store))  # noqa: B023
         whole.check(store, before)
+
+
+@pytest.mark.parametrize("whole", METHODS, indirect=True)
+def test_a_trial_that_waited_at_a_rung_goes_on_to_the_same_bits(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed where it should begin to wait, waits after another attempt, is left alone there, and goes on."""
+    store, rung = whole.new("rung"), replace(TASK, until=1)
+
+    def up_to_the_rung() -> None:
+        run_trial(whole.study, store, rung, device=CPU)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "pause", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert not in_child(up_to_the_rung)
+    before = records(store)
+    assert not entry_of(whole.what, store).waits
+    for _ in range(2):
+        assert in_child(up_to_the_rung)
+        entry = entry_of(whole.what, store)
+        assert (entry.waits, sorted(entry.epochs), entry.attempts, state_epoch(store)) == (True, [0, 1], 2, 1)
+    assert [(pause["attempt"], pause["epoch"]) for pause in entry.pauses] == [(2, 1)]
+    assert in_child(lambda: carry_out(whole.what, whole.study, store))
+    ended = entry_of(whole.what, store).ended or {}
+    assert ended["device_seconds"] > entry.pauses[0]["device_seconds"] > 0
+    whole.check(store, before)
+
+
+def test_a_trial_that_is_stopped_for_what_it_measured_ends_there(
+    folder: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def collapse(_: Stopping, epoch: int, points: dict[int, tuple[float, float]]) -> str | None:
+        asked.append((epoch, sorted(points)))
+        return "it collapsed" if epoch == 1 else None
+
+    monkeypatch.setattr("raybd.stopping.collapse", collapse)
+    shutil.copytree(begun, tmp_path / "run")
+    store = Store(str(tmp_path / "run"))
+    entry = run_trial(study_of(folder, method="mmcl"), store, replace(TASK, until=1), device=CPU)
+    assert entry.ended is not None
+    assert (entry.ended["state"], entry.ended["stop_reason"]) == ("stopped", "it collapsed")
+    assert asked == [(0, [0]), (1, [0, 1])]
+    assert trial_row(entry)["epochs_done"] == 1
+    assert store.names("state") == []
 
 
 def test_who_was_thought_dead_writes_nothing_into_what_another_has(whole: Whole) -> None:

@@ -158,6 +158,23 @@ def test_par_falls_in_a_line_to_a_tenth_and_then_in_a_cosine_to_zero(base: float
     assert lrs[warmup + half :] == pytest.approx(curve, rel=1e-9, abs=1e-12)
 
 
+@unhurried
+@given(st.integers(0, 20), st.integers(30, 300), st.integers(1, 300))
+def test_a_cooldown_has_the_same_prefix_whatever_the_length(warmup: int, total: int, more: int) -> None:
+    def lrs(total_steps: int) -> list[float]:
+        settings: dict[str, Any] = {"base_lr": 0.5, "warmup_steps": warmup, "total_steps": total_steps}
+        return [learning_rate(Schedule.CONSTANT_COOLDOWN, step, **settings) for step in range(total_steps + 1)]
+
+    short, long = lrs(total), lrs(total + more)
+    same = math.floor(0.8 * total)
+    assert short[: same + 1] == long[: same + 1] == [0.5 * min(1.0, (n + 1) / max(1, warmup)) for n in range(same + 1)]
+    # 1 - sqrt of the way: a quarter of the way down it has lost half.
+    assert short[same + 1 :] == pytest.approx(
+        [0.5 * (1 - math.sqrt((step - 0.8 * total) / (0.2 * total))) for step in range(same + 1, total + 1)], abs=1e-9
+    )
+    assert short[-1] == pytest.approx(0.0, abs=1e-12)
+
+
 # The loop.
 
 
