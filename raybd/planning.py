@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from raybd import costs
+from raybd import costs, stopping
 from raybd import space as search_space
 from raybd.data import cache, prompts, shards
 from raybd.data.pairs import steps
@@ -210,9 +210,11 @@ def _pretraining(study: Study, found: Sizes, objective: str, speed: Speed | None
 
 
 def _search(study: Study, found: Sizes, objective: str, trials: Sequence[CleanSettings], speed: Speed | None) -> Part:
+    epochs = stopping.expected_epochs(study.search.stopping, [settings.epochs for settings in trials])
+    halved = [s.model_copy(update={"epochs": done}) for s, done in zip(trials, epochs, strict=True)]
     runs = [
         (settings, settings.num_samples, costs.cleaning_cost(study.model.name, settings, pairs=settings.num_samples))
-        for settings in trials
+        for settings in halved
     ]
     return _part("clean", objective, runs, study, found, speed)
 

@@ -39,6 +39,26 @@ def places(stopping: Stopping, arrived: int) -> int:
     return max(1, round(stopping.keep * arrived))
 
 
+def expected_epochs(stopping: Stopping, planned: Sequence[int]) -> list[int]:
+    """Return how many epochs trials will do, were the first ones always the best.
+
+    Which ones are best changes the sum only where trials are planned for different numbers of epochs.
+
+    Args:
+        planned: epochs of each trial, all of one search.
+    """
+    done, going = list(planned), list(range(len(planned)))
+    for rung in stopping.rungs:
+        going = [i for i in going if planned[i] > rung]
+        if not going:
+            break
+        free = places(stopping, len(going))
+        for i in going[free:]:
+            done[i] = rung
+        going = going[:free]
+    return done
+
+
 def ranked(trials: Mapping[str, Sequence[Point]]) -> list[str]:
     """Return trials from the best to the worst, given the points of each so far; of equals the first name first.
 

@@ -44,19 +44,34 @@ def sweep() -> list[Curve]:
     return found
 
 
-def test_every_search_spends_the_same_and_a_whole_grid_finds_all(benchmark: ModuleType) -> None:
+def test_every_search_spends_the_same_and_a_whole_grid_finds_all(benchmark: ModuleType, tmp_path: Path) -> None:
     found = sweep()
     for sampler in benchmark.SAMPLERS:
-        entries = benchmark.drive(benchmark.study_of(found, sampler, seed=3), found)
+        spent = benchmark.drive(benchmark.study_of(found, sampler, seed=3), found, str(tmp_path / sampler))
         for objective in ("mmcl", "mmcl_ssl"):
-            areas = benchmark.progress(entries, objective)
+            areas = benchmark.progress(spent, objective)
             assert len(areas) == 6 * 3
             assert areas == sorted(areas)
-            shares = benchmark.at_shares(areas, benchmark.full(found, objective))
+            shares = benchmark.at_shares(areas, benchmark.full(found, objective), 6 * 3)
             assert all(0 < share <= 1 + 1e-12 for share in shares)
             if sampler == "grid":
                 assert shares[-1] == pytest.approx(1)
                 assert shares[0] < 0.9
+
+
+def test_halving_spends_less_and_is_told_from_random_search_after_as_many_epochs(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "RUNGS", (1,))
+    monkeypatch.setattr(benchmark, "SEARCHES", ("random", "grid + halving"))
+    plain, halved = benchmark.measure(sweep(), 2)[:2]
+    assert plain["epochs"] == [1.0, 1.0]
+    # Six trials for an epoch, two of them for two more, of eighteen epochs.
+    assert halved["epochs"] == pytest.approx([10 / 18] * 2)
+    assert halved["ends"] == [shares[-1] for shares in halved["shares"]]
+    assert all(0 < share <= 1 + 1e-12 for share in (*halved["ends"], *halved["random"]))
+    (line,) = (line for line in benchmark.halving_table([plain, halved]).splitlines() if "grid + halving" in line)
+    assert line.startswith("| mmcl | grid + halving | 55.56 |")
 
 
 def test_the_order_of_the_grid_depends_on_the_seed(benchmark: ModuleType) -> None:
@@ -65,25 +80,27 @@ def test_the_order_of_the_grid_depends_on_the_seed(benchmark: ModuleType) -> Non
     assert sorted(orders[0]) == sorted(orders[2])
 
 
-def test_progress_is_the_hypervolume_of_all_points_so_far(benchmark: ModuleType) -> None:
+def test_progress_is_the_hypervolume_of_all_points_so_far(benchmark: ModuleType, tmp_path: Path) -> None:
     found = sweep()
-    entries = benchmark.drive(benchmark.study_of(found, "random", seed=0), found)
+    spent = benchmark.drive(benchmark.study_of(found, "random", seed=0), found, str(tmp_path))
     top1, asr, expected = [], [], []
-    for entry in entries:
-        if entry.started["objective"] == "mmcl":
-            for n, record in entry.epochs.items():
-                counted = record["counts"]["all"]
-                top1.append(counted["correct_clean"] / 1000)
-                asr.append(counted["hit_target"] / 1000)
-                if n:
-                    expected.append(pareto.hypervolume(top1, asr))
-    assert benchmark.progress(entries, "mmcl") == pytest.approx(expected)
+    for objective, record in spent:
+        if objective == "mmcl":
+            counted = record["counts"]["all"]
+            top1.append(counted["correct_clean"] / 1000)
+            asr.append(counted["hit_target"] / 1000)
+            if record["epoch"]:
+                expected.append(pareto.hypervolume(top1, asr))
+    assert benchmark.progress(spent, "mmcl") == pytest.approx(expected)
 
 
-def test_other_trials_on_ray_stop_the_benchmark(benchmark: ModuleType) -> None:
+def test_other_trials_on_ray_stop_the_benchmark(benchmark: ModuleType, tmp_path: Path) -> None:
     found = sweep()
-    one, other = (benchmark.drive(benchmark.study_of(found, "random", seed=seed), found) for seed in (0, 1))
-    benchmark.assert_same(one, one[::-1])
+    for seed in (0, 1):
+        benchmark.drive(benchmark.study_of(found, "random", seed=seed), found, str(tmp_path / str(seed)))
+    one, other = (benchmark.trials(str(tmp_path / str(seed))) for seed in (0, 1))
+    assert len(one) == 12
+    benchmark.assert_same(one, dict(reversed(one.items())))
     with pytest.raises(SystemExit, match="other trials"):
         benchmark.assert_same(one, other)
 

@@ -125,7 +125,7 @@ def test_objectives_take_turns() -> None:
     ]
     assert [task["trial_id"] for task in tasks[:3]] == ["mmcl-0000", "mmcl_ssl-0000", "mmcl-0001"]
     assert {task["pretrain_id"] for task in tasks if task["objective"] == "mmcl_ssl"} == {"mmcl_ssl-bbbb"}
-    assert set(tasks[0]) == {"trial_id", "number", "objective", "pretrain_id", "params"}
+    assert set(tasks[0]) == {"trial_id", "number", "objective", "pretrain_id", "params", "until"}
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "grid"])

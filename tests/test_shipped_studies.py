@@ -35,6 +35,8 @@ CHANGES = {
     "small/longer_cleaning": ("demo", ()),
     "small/attack_blended": ("demo", ("poison.trigger",)),
     "small/backbone_vit": ("demo", ("model.name",)),
+    "small/halving": ("small/grid", ("clean.schedule",)),
+    "paper/cc3m_halving": ("paper/cc3m_grid", ()),
     "small/methods": ("demo", ("pretrain.objectives", "clean.epochs", "clean.deep_clustering", "clean.abd")),
 }
 

@@ -293,7 +293,8 @@ class LedgerSearcher(Searcher):
             if task is not None:
                 self._assigned[trial_id] = (objective, task, None)
                 return dict(vars(task))
-        return None if running else Searcher.FINISHED
+        # Who is on the way to a rung may go on beyond it.
+        return None if any(task.until is not None for task in running) else Searcher.FINISHED
 
     def _suggest_again(self, trial_id: str, entry: Entry) -> dict[str, Any]:
         """Return the assignment of a trial that was under way when a call ended."""
