@@ -57,6 +57,15 @@ def test_reasons_retries_and_where_the_tracebacks_are(store: Store) -> None:
     ]
 
 
+def test_trials_that_wait_at_a_rung_are_told_from_those_that_run(store: Store) -> None:
+    for number in range(3):
+        start(store, number)
+    Ledger(store).pause(Kind.TRIAL, "mmcl-0000", {"attempt": 1, "epoch": 1})
+    Ledger(store).pause(Kind.TRIAL, "mmcl-0001", {"attempt": 1, "epoch": 1})
+    start(store, 1)  # goes on
+    assert list(status.lines(store)) == ["trials: 2 running or interrupted, 1 waiting at a rung"]
+
+
 def test_pretraining_whose_workers_failed(store: Store) -> None:
     started = {"settings": {"epochs": 3}}
     Ledger(store).start(Kind.PRETRAIN, "mmcl-aaaa", started)

@@ -16,16 +16,20 @@ from optuna.trial import TrialState
 from pydantic import ValidationError
 from ray.tune.search import Searcher
 
-from raybd import pareto
+from raybd import curves, pareto, study_file, tables
 from raybd.assignment import Assignment, settle, stop
 from raybd.cluster.searcher import LedgerSearcher
+from raybd.console import View
 from raybd.curves import Curve, epoch_record
+from raybd.errors import StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import trial_row
 from raybd.replay import Recorded, ReplayTrial
+from raybd.replaying import ReplayRun
+from raybd.stages import Run
 from raybd.stopping import Decision, collapse, decide, next_rung, places, ranked
 from raybd.store import Store
-from raybd.study import Stopping, Study
+from raybd.study import Resources, Stopping, Study
 
 Points = Mapping[str, Sequence[tuple[float, float]]]
 HALVES = Stopping(rungs=(1, 3), keep=0.5)
@@ -356,9 +360,63 @@ def test_the_table_says_state_reason_and_epochs(tmp_path: Path) -> None:
 
 
 def test_rungs_that_no_curve_has_are_refused() -> None:
-    from raybd.errors import StudyError
-
     study = study_of(rungs=[2])
     gap = tuple(replace(curve, epochs={n: r for n, r in curve.epochs.items() if n != 2}) for curve in CURVES)
     with pytest.raises(StudyError, match="epoch 2 of mmcl-0000 is not recorded"):
         Recorded(gap, nearest=False).check(study)
+
+
+# --- on Ray
+
+
+@pytest.mark.ray
+def test_on_ray_several_workers_leave_what_one_leaves_without_it(tmp_path: Path, whole: dict[str, Any]) -> None:
+    """A call that is broken off in the midst, and a second one; the tables say of each trial what the ledger has."""
+    curves.write(Store(str(tmp_path / "on")), CURVES)
+    on, run = str(tmp_path / "on" / "sweep.parquet"), Store(str(tmp_path / "run"))
+    study = study_of().model_copy(update={"resources": Resources(concurrent_trials=2, use_gpu=False)})
+
+    class Broken(View):
+        """Breaks off once a few trials wait."""
+
+        def line(self, text: str, *, style: str | None = None) -> None:
+            if "mmcl-0009 waits" in text:
+                raise KeyboardInterrupt
+            super().line(text, style=style)
+
+    with pytest.raises(KeyboardInterrupt):
+        ReplayRun(study, run, Broken(), on=on).run()
+    waiting = [entry for entry in Ledger(run).entries(Kind.TRIAL) if entry.waits]
+    assert len(waiting) > 8
+    rows = tables.read(run, "trials").to_pylist()
+    assert {row["state"] for row in rows} == {"running"}
+    assert len(rows) >= len(waiting) - 2
+
+    outcome = ReplayRun(study, run, View(), on=on).run()
+    assert outcome.failed == 0
+    entries = {entry.id: entry for entry in Ledger(run).entries(Kind.TRIAL)}
+    assert told(entries) == whole
+    rows = tables.read(run, "trials").to_pylist()
+    assert {row["trial_id"]: (row["state"], row["stop_reason"]) for row in rows} == {
+        name: (ended["state"], ended.get("stop_reason")) for name, entry in entries.items() if (ended := entry.ended)
+    }
+    epochs = [(row["trial_id"], row["epoch"]) for row in tables.read(run, "epochs").to_pylist()]
+    assert sorted(epochs) == sorted((name, epoch) for name, entry in entries.items() for epoch in entry.epochs)
+    final = [row for row in tables.read(run, "fronts").to_pylist() if row["kind"] == "final" and row["epoch"]]
+    assert all(row["epoch"] == EPOCHS for row in final)
+
+
+@pytest.mark.ray
+def test_trials_that_train_wait_go_on_and_keep_the_weights_of_the_front(tmp_path: Path) -> None:
+    settings = ["data.max_train_samples=256", "data.max_test_samples=240", "pretrain.epochs=1", "clean.num_samples=128"]
+    settings += ["clean.epochs=3", "search.stopping.rungs=[1, 2]", "search.stopping.collapse_below=0"]
+    run = Store(str(tmp_path / "run"))
+    study = study_file.load("small/halving", overrides=[*settings, "pretrain.objectives={mmcl: {}}"])
+    Run(study, run, View()).run()
+    entries = Ledger(run).entries(Kind.TRIAL)
+    assert sorted(max(entry.epochs) for entry in entries) == [1, 1, 1, 2, 3]  # of five two go on, of two one
+    assert sorted(entry.attempts for entry in entries) == [1, 1, 1, 2, 3]
+    assert run.names("state") == []
+    kept = {row["checkpoint"] for row in tables.read(run, "fronts").to_pylist()}
+    assert {name for name in kept if name.startswith("weights/")} == set(run.names("weights"))
+    assert {row["stop_reason"] is None for row in tables.read(run, "trials").to_pylist()} == {True, False}
