@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from optuna.trial import TrialState
 from pydantic import ValidationError
 from ray.tune.search import Searcher
 
-from raybd import curves, pareto, study_file, tables
+from raybd import curves, pareto, tables
 from raybd.assignment import Assignment, settle, stop
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.console import View
@@ -26,7 +28,6 @@ from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import trial_row
 from raybd.replay import Recorded, ReplayTrial
 from raybd.replaying import ReplayRun
-from raybd.stages import Run
 from raybd.stopping import Decision, collapse, decide, next_rung, places, ranked
 from raybd.store import Store
 from raybd.study import Resources, Stopping, Study
@@ -409,10 +410,14 @@ def test_on_ray_several_workers_leave_what_one_leaves_without_it(tmp_path: Path,
 @pytest.mark.ray
 def test_trials_that_train_wait_go_on_and_keep_the_weights_of_the_front(tmp_path: Path) -> None:
     settings = ["data.max_train_samples=256", "data.max_test_samples=240", "pretrain.epochs=1", "clean.num_samples=128"]
-    settings += ["clean.epochs=3", "search.stopping.rungs=[1, 2]", "search.stopping.collapse_below=0"]
+    settings += ["clean.epochs=3", "search.stopping.collapse_below=0", "pretrain.objectives={mmcl: {}}"]
     run = Store(str(tmp_path / "run"))
-    study = study_file.load("small/halving", overrides=[*settings, "pretrain.objectives={mmcl: {}}"])
-    Run(study, run, View()).run()
+    command = [sys.executable, "-m", "raybd", "run", "small/halving", "--run-dir", run.uri]
+    command += [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "waits at the rung of epoch 1" in done.stdout
+    assert "stopped: rung at epoch 1: place 3 of 5, the first 2 go on" in done.stdout
     entries = Ledger(run).entries(Kind.TRIAL)
     assert sorted(max(entry.epochs) for entry in entries) == [1, 1, 1, 2, 3]  # of five two go on, of two one
     assert sorted(entry.attempts for entry in entries) == [1, 1, 1, 2, 3]
