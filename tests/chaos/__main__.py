@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,8 @@ def main() -> int:
     """Run rounds until enough faults have hit; return 0 if they did no harm."""
     asked = _arguments()
     _enter_namespace()
+    # Ended from outside, it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     allowed = frozenset(Kind[name.upper()] for name in asked.kinds.split(","))
