@@ -13,7 +13,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 KINDS = ("trial_worker", "pretrain_worker", "raylet", "driver", "terminate", "disk_full")
 # The study of `make chaos`, made shorter.
-SHORTER = ("pretrain.objectives={mmcl: {}}", "pretrain.epochs=3", "clean.epochs=2", "search.num_trials=2")
+SHORTER = (
+    "pretrain.objectives={mmcl: {}}",
+    "pretrain.epochs=3",
+    "clean.epochs=2",
+    "search.num_trials=2",
+    "search.stopping.rungs=[1]",
+)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds whom to kill in /proc, which this system has not")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raybd import tables
-from raybd.ledger import Kind, Ledger
+from raybd.ledger import Kind, Ledger, State
 from raybd.store import Store
 
 _PAUSE = 0.3  # in seconds, but longer where to look takes long: the machine is for the study
@@ -95,6 +95,8 @@ class Reader:
             rows = tables.read(self._store, table).to_pylist()
             for row in rows if table in _KEYS else ():
                 keys = _KEYS[table]
+                if row.get("state") == State.RUNNING:
+                    continue  # it waits at a rung, or has gone on: its row will say more
                 yield f"{table} {' '.join(str(row[key]) for key in keys)}", row
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
