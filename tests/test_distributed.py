@@ -16,9 +16,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from raybd.objectives import Gather, combined, identity
-from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
+from raybd.objectives import ALONE, Ranks, combined
+from raybd.train.distributed import active, ranks, share_buffers, sum_over_ranks
 
 # Each term with weight for both towers: every parameter has to get a gradient.
 WEIGHTS: dict[str, dict[str, float]] = {
@@ -30,8 +32,9 @@ WEIGHTS: dict[str, dict[str, float]] = {
     "siglip": {"siglip": 1.0},
     "siglip_mean": {"siglip_mean": 1.0, "image_ssl": 0.5},
 }
-ROWS = {2: {"equal": (4, 4), "unequal": (5, 2)}, 3: {"unequal": (3, 1, 4)}}
+ROWS = {2: {"equal": (4, 4), "unequal": (5, 2)}, 4: {"equal": (2, 2, 2, 2), "unequal": (3, 1, 4, 2)}}
 CASES = [(world, rows, loss) for world, found in ROWS.items() for rows in found for loss in WEIGHTS]
+MANY = 16  # rows of each rank where memory is looked at
 PAIRS, BATCH = 64, 33  # two batches of 32
 SECONDS = 150
 
@@ -63,7 +66,7 @@ def batch(count: int) -> list[Tensor]:
     return [torch.randn(count, width, dtype=torch.float64, generator=generator) for width in (5, 3, 5, 3)]
 
 
-def gradients(net: nn.Module, parts: list[Tensor], weights: dict[str, float], gather: Gather) -> dict[str, Tensor]:
+def gradients(net: nn.Module, parts: list[Tensor], weights: dict[str, float], group: Ranks) -> dict[str, Tensor]:
     """Return loss and gradients of a step: originals and views go through the model as one batch."""
     net.zero_grad()
     images, texts, image_views, text_views = parts
@@ -77,11 +80,29 @@ def gradients(net: nn.Module, parts: list[Tensor], weights: dict[str, float], ga
         text_view_BD=text_rows[own:],
         logit_bias=getattr(net, "module", net).logit_bias,
         weights=weights,
-        gather=gather,
+        ranks=group,
     )
     loss.total.backward()
     found = {name.removeprefix("module."): p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     return {"loss": loss.total.detach(), **found}
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that anything made, forwards and backwards."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(found.numel() for found in tree_leaves(made) if isinstance(found, Tensor))])
+        return made
+
+
+def largest(net: nn.Module, parts: list[Tensor], weights: dict[str, float], group: Ranks) -> int:
+    """Return how many numbers the largest tensor of a step has."""
+    with Largest() as seen:
+        gradients(net, parts, weights, group)
+    return seen.numbers
 
 
 def collectives(rank: int, world: int) -> dict[str, Any]:
@@ -91,9 +112,13 @@ def collectives(rank: int, world: int) -> dict[str, Any]:
     for kind, counts in ROWS[world].items():
         start = sum(counts[:rank])
         parts = [rows[start : start + counts[rank]] for rows in batch(sum(counts))]
-        found[f"rows {kind}"] = gather_rows(parts[0])
+        rows = ranks().gather(parts[0])
+        assert (rows.own_BD is parts[0], rows.start, rows.whole) == (True, start, False)
+        found[f"rows {kind}"] = rows.all_ND
         for name, weights in WEIGHTS.items():
-            found[f"{kind} {name}"] = gradients(nets[name], parts, weights, gather_rows)
+            found[f"{kind} {name}"] = gradients(nets[name], parts, weights, ranks())
+    parts = [rows[:MANY] for rows in batch(MANY)]
+    found["largest"] = {name: largest(nets[name], parts, weights, ranks()) for name, weights in WEIGHTS.items()}
     found["sum"] = sum_over_ranks([1.5 + rank, 10.0**rank, 2.0**52 if rank == 0 else 1.0], device=torch.device("cpu"))
     norm = nn.BatchNorm2d(3)
     with torch.no_grad():
@@ -151,7 +176,7 @@ def train(rank: int, world: int, run: str) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    """Do everything that a rank does, in a group of three and then in one of two, and leave what it found."""
+    """Do everything that a rank does, in a group of four and then in one of two, and leave what it found."""
     torch.set_num_threads(1)
     for world in sorted(ROWS, reverse=True):
         if rank >= world:
@@ -172,7 +197,7 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def found_by(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Return what the ranks found, by size of their group; no process outlives its time."""
     folder = tmp_path_factory.mktemp("ranks")
     context = mp.spawn(work, args=(str(folder),), nprocs=max(ROWS), join=False)
@@ -201,34 +226,45 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(("world", "rows", "loss"), CASES)
 def test_gradients_are_those_of_one_process_with_the_joined_batch(
-    ranks: dict[int, list[dict[str, Any]]], world: int, rows: str, loss: str
+    found_by: dict[int, list[dict[str, Any]]], world: int, rows: str, loss: str
 ) -> None:
     weights = WEIGHTS[loss]
-    expected = gradients(two_towers(weights), batch(sum(ROWS[world][rows])), weights, identity)
+    expected = gradients(two_towers(weights), batch(sum(ROWS[world][rows])), weights, ALONE)
     names = {"loss", "image.weight", "image.bias", "text.weight", "text.bias", "logit_scale"}
     assert set(expected) == names | ({"logit_bias"} if "siglip" in weights else set())
     assert all(value.abs().max() > 1e-3 for value in expected.values())
-    for found in ranks[world]:
+    for found in found_by[world]:
         for name, value in expected.items():
             torch.testing.assert_close(found[f"{rows} {loss}"][name], value, rtol=1e-10, atol=1e-13, msg=name)
 
 
+@pytest.mark.parametrize("loss", WEIGHTS)
+@pytest.mark.parametrize("world", ROWS)
+def test_no_rank_makes_anything_of_the_size_of_the_global_batch_squared(
+    found_by: dict[int, list[dict[str, Any]]], world: int, loss: str
+) -> None:
+    combinations = (4 if loss == "nt_xent" else 1) * MANY * MANY * world  # its anchors and candidates are two views
+    assert [found["largest"][loss] for found in found_by[world]] == [combinations] * world
+    # What is looked at is what is meant: one process with the whole batch does make it.
+    assert largest(two_towers(WEIGHTS[loss]), batch(MANY * world), WEIGHTS[loss], ALONE) == combinations * world
+
+
 @pytest.mark.parametrize(("world", "rows"), [(world, rows) for world, found in ROWS.items() for rows in found])
 def test_rows_are_gathered_in_the_order_of_the_ranks(
-    ranks: dict[int, list[dict[str, Any]]], world: int, rows: str
+    found_by: dict[int, list[dict[str, Any]]], world: int, rows: str
 ) -> None:
     whole = batch(sum(ROWS[world][rows]))[0]
-    for found in ranks[world]:
+    for found in found_by[world]:
         assert torch.equal(found[f"rows {rows}"], whole)
 
 
-def test_sums_over_ranks_are_exact(ranks: dict[int, list[dict[str, Any]]]) -> None:
-    assert [found["sum"] for found in ranks[2]] == [[4.0, 11.0, 2.0**52 + 1.0]] * 2
-    assert [found["sum"] for found in ranks[3]] == [[7.5, 111.0, 2.0**52 + 2.0]] * 3
+def test_sums_over_ranks_are_exact(found_by: dict[int, list[dict[str, Any]]]) -> None:
+    assert [found["sum"] for found in found_by[2]] == [[4.0, 11.0, 2.0**52 + 1.0]] * 2
+    assert [found["sum"] for found in found_by[4]] == [[12.0, 1111.0, 2.0**52 + 3.0]] * 4
 
 
-def test_buffers_become_those_of_the_first_rank_and_weights_stay(ranks: dict[int, list[dict[str, Any]]]) -> None:
-    for rank, found in enumerate(ranks[3]):
+def test_buffers_become_those_of_the_first_rank_and_weights_stay(found_by: dict[int, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(found_by[4]):
         norm = found["norm"]
         assert norm["running_mean"].tolist() == [1.0, 2.0, 3.0]
         assert norm["running_var"].tolist() == [5.0, 5.0, 5.0]
@@ -236,11 +272,12 @@ def test_buffers_become_those_of_the_first_rank_and_weights_stay(ranks: dict[int
         assert norm["weight"].tolist() == [10.0 + rank] * 3
 
 
-def test_one_process_needs_no_group(ranks: dict[int, list[dict[str, Any]]]) -> None:
-    assert [found["active"] for found in ranks[2]] == [True, True]
+def test_one_process_needs_no_group(found_by: dict[int, list[dict[str, Any]]]) -> None:
+    assert [found["active"] for found in found_by[2]] == [True, True]
     assert not active()
     rows = torch.ones(2, 3, requires_grad=True)
-    assert gather_rows(rows) is rows
+    assert ranks() is ALONE
+    assert ranks().gather(rows).all_ND is ranks().add(rows) is rows
     assert sum_over_ranks([0.5, 3.0], device=torch.device("cpu")) == [0.5, 3.0]
     norm = nn.BatchNorm1d(2)
     share_buffers(norm)
@@ -248,9 +285,9 @@ def test_one_process_needs_no_group(ranks: dict[int, list[dict[str, Any]]]) -> N
 
 
 def test_two_ranks_train_to_the_weights_of_one_process(
-    ranks: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
+    found_by: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
 ) -> None:
-    for found in ranks[2]:
+    for found in found_by[2]:
         training = found["training"]
         for name, value in alone["after"].items():
             assert torch.equal(training["before"][name], alone["before"][name]), name
@@ -260,9 +297,9 @@ def test_two_ranks_train_to_the_weights_of_one_process(
 
 
 def test_two_ranks_record_what_one_process_records(
-    ranks: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
+    found_by: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
 ) -> None:
-    first, second = (found["training"]["records"] for found in ranks[2])
+    first, second = (found["training"]["records"] for found in found_by[2])
     assert second == {}
     assert sorted(first) == sorted(alone["records"]) == [0, 1]
     for epoch, two in first.items():

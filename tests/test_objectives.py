@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raybd.objectives import combined, image_ssl, mmcl, nt_xent, siglip, siglip_mean, ssl, text_ssl
+from raybd.objectives import Loss, Rows, combined, image_ssl, mmcl, nt_xent, siglip, siglip_mean, ssl, text_ssl
 from raybd.study import TERMS
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "losses.json"
@@ -336,27 +337,57 @@ def test_weights_of_zero_are_refused() -> None:
         combined(rows, rows, torch.tensor(1.0), weights=dict.fromkeys(TERMS, 0.0))
 
 
-def test_each_tensor_is_gathered_once_and_the_loss_is_of_what_comes_back() -> None:
-    tensors = {name: torch.from_numpy(found) for name, found in _draw(4, 3, 8).items()}
-    own = {name: found[:2] for name, found in tensors.items()}
-    whole = {id(found): tensors[name] for name, found in own.items()}
-    asked: list[int] = []
+class Second:
+    """The second of two processes, of which the first has its rows and its share of the loss on record."""
 
-    def gather(rows: Tensor) -> Tensor:
-        asked.append(id(rows))
-        return whole[id(rows)]
+    def __init__(self, whole: dict[int, Tensor]) -> None:
+        self.whole, self.asked, self.others = whole, list[int](), torch.zeros(())
 
-    scale = torch.tensor(9.0, dtype=torch.float64)
-    found = combined(
-        own["image"],
-        own["text"],
-        scale,
-        image_view_BD=own["image_view"],
-        text_view_BD=own["text_view"],
-        logit_bias=torch.tensor(-1.0, dtype=torch.float64),
-        weights=dict.fromkeys(TERMS, 1.0),
-        gather=gather,
-    )
-    assert sorted(asked) == sorted(whole)
+    def gather(self, rows_BD: Tensor) -> Rows:
+        self.asked.append(id(rows_BD))
+        whole_ND = self.whole[id(rows_BD)]
+        return Rows(rows_BD, whole_ND, len(whole_ND) - len(rows_BD))
+
+    def add(self, shares: Tensor) -> Tensor:
+        return shares + self.others
+
+
+class First(Second):
+    def gather(self, rows_BD: Tensor) -> Rows:
+        return replace(super().gather(rows_BD), start=0)
+
+    def add(self, shares: Tensor) -> Tensor:
+        self.shares = shares
+        return shares
+
+
+def test_each_tensor_is_gathered_once_and_the_shares_of_the_processes_add_up() -> None:
+    tensors = {name: torch.from_numpy(found) for name, found in _draw(5, 3, 8).items()}
+    whole, own = dict[int, Tensor](), [dict[str, Tensor]() for _ in range(2)]
+    for name, rows in tensors.items():
+        for part, mine in zip(rows.split([2, 3]), own, strict=True):
+            mine[name], whole[id(part)] = part, rows
+
+    def of(mine: dict[str, Tensor], ranks: Second) -> Loss:
+        return combined(
+            mine["image"],
+            mine["text"],
+            torch.tensor(9.0, dtype=torch.float64),
+            image_view_BD=mine["image_view"],
+            text_view_BD=mine["text_view"],
+            logit_bias=torch.tensor(-1.0, dtype=torch.float64),
+            weights={name: 1.0 + number for number, name in enumerate(TERMS)},
+            ranks=ranks,
+        )
+
+    first, second = First(whole), Second(whole)
+    of(own[0], first)
+    second.others = first.shares
+    found = of(own[1], second)
+    for ranks, mine in ((first, own[0]), (second, own[1])):
+        assert sorted(ranks.asked) == sorted(id(rows) for rows in mine.values())
     expected = reference({name: rows.numpy() for name, rows in tensors.items()}, 9.0, -1.0)
-    assert found.total.item() == pytest.approx(sum(expected.values()), rel=1e-12)
+    for name, term in found.terms.items():
+        assert term.item() == pytest.approx(expected[name], rel=1e-12), name
+    total = sum((1.0 + number) * expected[name] for number, name in enumerate(TERMS))
+    assert found.total.item() == pytest.approx(total, rel=1e-12)

@@ -8,44 +8,80 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raybd.objectives import ALONE, Ranks, Rows
+
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in the order of the ranks, with gradients for this rank's.
+    """All ranks' rows in the order of the ranks, with the gradients that all of them have for this rank's.
 
-    Every rank computes the same loss of all rows, so the gradient of its own rows is there without communication.
-    It is scaled by the number of ranks because DDP averages over them: the average is then the gradient of that
-    loss, exactly, for the encoders and for what is not gathered (the logit scale) alike.
+    Ranks may differ in their number of rows: each is padded to the longest, and cut afterwards.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        count = torch.tensor([len(rows_BD)], device=rows_BD.device)
-        counts = [torch.zeros_like(count) for _ in range(world)]
-        dist.all_gather(counts, count)
-        sizes = [int(found) for found in counts]
-        # Ranks may differ by a row: pad to the longest, cut afterwards.
-        padded = rows_BD.new_zeros((max(sizes), *rows_BD.shape[1:]))
-        padded[: len(rows_BD)] = rows_BD
-        parts = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(parts, padded)
-        ctx.world, ctx.start, ctx.stop = world, sum(sizes[:rank]), sum(sizes[: rank + 1])
+    def forward(ctx: Any, rows_BD: Tensor, sizes: list[int]) -> Tensor:
+        parts = rows_BD.new_empty((len(sizes), max(sizes), *rows_BD.shape[1:]))
+        dist.all_gather_into_tensor(parts.flatten(0, 1), _padded(rows_BD, max(sizes)))
+        ctx.sizes = sizes
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad_ND,) = grads
-        return grad_ND[ctx.start : ctx.stop] * ctx.world
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        longest = max(ctx.sizes)
+        padded = torch.cat([_padded(part, longest) for part in grads[0].split(ctx.sizes)])
+        own = padded.new_empty((longest, *padded.shape[1:]))
+        dist.reduce_scatter_tensor(own, padded)
+        return own[: ctx.sizes[dist.get_rank()]], None
+
+
+def _padded(rows_BD: Tensor, count: int) -> Tensor:
+    rows_BD = rows_BD.contiguous()
+    if len(rows_BD) == count:
+        return rows_BD
+    return torch.cat([rows_BD, rows_BD.new_zeros((count - len(rows_BD), *rows_BD.shape[1:]))])
+
+
+class _AddShares(torch.autograd.Function):
+    """Sums over all ranks. A share's gradient is scaled by the number of ranks because DDP averages over them.
+
+    Each rank's backward pass then starts from its own share of the loss, times that number, and DDP's average is the
+    gradient of the loss, exactly: for the encoders and for what is not gathered (the logit scale) alike.
+    """
+
+    @staticmethod
+    def forward(_: Any, shares: Tensor) -> Tensor:
+        found = shares.clone()
+        dist.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * dist.get_world_size()
+
+
+class Group:
+    """The ranks of torch.distributed, for a loss under DDP."""
+
+    def gather(self, rows_BD: Tensor) -> Rows:
+        """Return this rank's rows among those of all ranks, in the order of the ranks."""
+        count = torch.tensor([len(rows_BD)], device=rows_BD.device)
+        counts = torch.empty(dist.get_world_size(), dtype=count.dtype, device=count.device)
+        dist.all_gather_into_tensor(counts, count)
+        sizes = counts.tolist()
+        return Rows(rows_BD, _GatherRows.apply(rows_BD, sizes), sum(sizes[: dist.get_rank()]))
+
+    def add(self, shares: Tensor) -> Tensor:
+        """Return the sums over all ranks of their shares of the loss."""
+        return _AddShares.apply(shares)
+
+
+def ranks() -> Ranks:
+    """Return the processes that share this one's batches."""
+    return Group() if active() else ALONE
 
 
 def active() -> bool:
     """Say whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather_rows(rows_BD: Tensor) -> Tensor:
-    """Return the rows of all ranks, in the order of the ranks; for losses that every rank computes alike under DDP."""
-    return _GatherRows.apply(rows_BD) if active() else rows_BD
 
 
 def sum_over_ranks(values: list[float], *, device: torch.device) -> list[float]:

@@ -22,7 +22,7 @@ from raybd.model import Clip, freeze_unused
 from raybd.objectives import Loss, combined
 from raybd.study import Precision, TrainSettings
 from raybd.train.context import Progress, TrainContext
-from raybd.train.distributed import active, gather_rows, share_buffers, sum_over_ranks
+from raybd.train.distributed import active, ranks, share_buffers, sum_over_ranks
 from raybd.train.recipe import Recipe
 from raybd.train.schedule import learning_rate
 
@@ -238,7 +238,7 @@ class Training:
             text_view_BD=found.text_view_BD,
             logit_bias=self.clip.net.logit_bias,
             weights=vars(self.settings.loss_weights),
-            gather=gather_rows,
+            ranks=ranks(),
         )
 
     def _add(self, sums: _EpochSums, batch: Batch, loss: Loss) -> None:
