@@ -41,7 +41,7 @@ from PIL import Image, ImageFilter
 
 from raybd.data import cache
 from raybd.data.cache import Images
-from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare, StreamedPairs, steps
+from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare, StreamedPairs
 from raybd.data.shards import find_shards
 from raybd.evaluate import make_set
 from raybd.model import Clip, create, training_flops

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from micro_batches import WEIGHTS as STEPS
+from micro_batches import batch as pairs
+from micro_batches import run_of, stepped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,6 +134,12 @@ def collectives(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def in_micro_batches(loss: str, rank: int) -> dict[str, Tensor]:
+    """Take a step on one rank's pairs, five of eight in three micro batches or three in two."""
+    run = run_of(loss, 2)
+    return stepped(run, pairs(run, 8, slice(5) if rank == 0 else slice(5, 8)))
+
+
 def train(rank: int, world: int, run: str) -> dict[str, Any]:
     """Train vit-tiny-32 for one epoch of two steps with raybd's own loop; return weights before, after, and records."""
     from raybd.data.cache import Images
@@ -190,6 +199,7 @@ def work(rank: int, folder: str) -> None:
         )
         found = collectives(rank, world)
         if world == 2:
+            found["steps"] = {loss: in_micro_batches(loss, rank) for loss in STEPS}
             found["training"] = train(rank, world, f"{folder}/run")
         torch.save(found, f"{folder}/{rank}-of-{world}.pt")
         dist.barrier()
@@ -256,6 +266,18 @@ def test_rows_are_gathered_in_the_order_of_the_ranks(
     whole = batch(sum(ROWS[world][rows]))[0]
     for found in found_by[world]:
         assert torch.equal(found[f"rows {rows}"], whole)
+
+
+@pytest.mark.parametrize("loss", STEPS)
+def test_ranks_with_micro_batches_take_the_step_of_one_process_without(
+    found_by: dict[int, list[dict[str, Any]]], loss: str
+) -> None:
+    run = run_of(loss, None)
+    expected = stepped(run, pairs(run, 8))
+    for found in found_by[2]:
+        assert found["steps"][loss].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found["steps"][loss][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_sums_over_ranks_are_exact(found_by: dict[int, list[dict[str, Any]]]) -> None:

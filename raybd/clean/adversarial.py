@@ -77,6 +77,7 @@ class AdversarialViews(Recipe):
     loss has a term of its own, here the model attacked is the one in training and the loss is CleanCLIP's.
     """
 
+    in_parts = False
     settings: Abd
     seed: int
 

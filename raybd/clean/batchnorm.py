@@ -81,6 +81,7 @@ class BatchNormRefresh(Recipe):
     """
 
     optimizes = False
+    in_parts = False
 
     def attach(self, run: Training) -> None:
         """Refuse a model without BatchNorm. Errors: StudyError."""

@@ -57,6 +57,8 @@ class LabelledImages(Recipe, ABC):
     the learning rate of the run; neither is part of the model.
     """
 
+    in_parts = False
+
     def __init__(self, *, weight: float, seed: int) -> None:
         self._weight, self._seed = weight, seed
 

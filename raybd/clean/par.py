@@ -105,6 +105,7 @@ class PerturbAndRecover(Recipe):
     Source: arXiv 2412.00727; nmndeep/PerturbAndRecover@a720440.
     """
 
+    in_parts = False
     settings: Par
     seed: int
 

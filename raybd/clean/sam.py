@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from raybd.data.pairs import Batch
 from raybd.objectives import Loss
 from raybd.study.methods import FtSam
+from raybd.train.grad_cache import untracked
 from raybd.train.loop import Training
 from raybd.train.recipe import Recipe
 
@@ -42,19 +42,6 @@ def _moved(weights: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
             weight.data.copy_(before)
 
 
-@contextmanager
-def _untracked(net: nn.Module) -> Iterator[None]:
-    """Leave the statistics of BatchNorm as they are; layers in train mode still normalise by those of the batch."""
-    tracking = [part for part in net.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
-    for part in tracking:
-        part.track_running_stats = False
-    try:
-        yield
-    finally:
-        for part in tracking:
-            part.track_running_stats = True
-
-
 @dataclass
 class SharpnessAware(Recipe):
     """FT-SAM on the weighted sum of losses: two passes for each step, the optimizer's state and step as ever.
@@ -63,13 +50,14 @@ class SharpnessAware(Recipe):
     pass's too. The norm is over all trained parameters, logit scale and norms' gains included.
     """
 
+    in_parts = False
     settings: FtSam
 
     def step(self, run: Training, batch: Batch) -> Loss:
         """Take the gradient at w + ρ g w² / ‖|w| g‖ and step from w. Errors: TrialError where either loss is bad."""
         loss = self._backward(run, batch)
         found = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        with _moved(found, ascent(found, [p.grad for p in found], rho=self.settings.rho)), _untracked(run.clip.net):
+        with _moved(found, ascent(found, [p.grad for p in found], rho=self.settings.rho)), untracked(run.clip.net):
             self._backward(run, batch)
         run.optimizer.step()
         return loss

@@ -81,6 +81,10 @@ class Clean(CleanSettings):
         return CleanSettings(**values)
 
 
+# How it is computed, not what.
+_NOT_SEARCHED = ("precision", "micro_batch_size")
+
+
 def searchable() -> dict[str, type]:
     """Return the settings that a search may draw, by dotted name, with their types."""
     kinds: dict[str, type] = {}
@@ -88,7 +92,7 @@ def searchable() -> dict[str, type]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             kinds |= {f"{name}.{leaf}": _kind(inner) for leaf, inner in kind.model_fields.items() if _scalar(inner)}
-        elif name != "precision":
+        elif name not in _NOT_SEARCHED:
             kinds[name] = _kind(field)
     return kinds
 

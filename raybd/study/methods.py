@@ -51,6 +51,18 @@ _OWN_SECTIONS = frozenset(
 
 # What a method that takes no step has no use for. Its number of epochs is that of its records.
 OF_STEPS = frozenset({"lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "eps"})
+# Those whose steps are plain training's, on the weighted losses alone.
+_PLAIN_STEPS = frozenset(
+    {
+        Method.CLEANCLIP,
+        Method.MMCL,
+        Method.SSL,
+        Method.SHRINK_PERTURB,
+        Method.INTERPOLATION,
+        Method.FROZEN_BATCHNORM,
+        Method.IMAGE_TOWER,
+    }
+)
 _WITHOUT_VIEWS = frozenset(method for method, weights in FIXED_WEIGHTS.items() if not weights["ssl"])
 
 
@@ -58,13 +70,16 @@ def users(setting: str) -> frozenset[Method]:
     """Return the methods that a setting (dotted name, or a section's) has an effect on.
 
     Methods that fix the loss weights ignore `loss_weights`, those without augmented views their kind, one that takes
-    no step what steps have, and the sections named after methods are theirs alone.
+    no step what steps have, those with steps of their own `micro_batch_size`, and the sections named after methods are
+    theirs alone.
     """
     section = setting.partition(".")[0]
     if section == "loss_weights":
         return frozenset(Method) - frozenset(FIXED_WEIGHTS)
     if section in OF_STEPS:
         return frozenset(Method) - {Method.BATCHNORM_REFRESH}
+    if section == "micro_batch_size":
+        return _PLAIN_STEPS
     if section == "text_view":
         return frozenset(Method) - _WITHOUT_VIEWS
     if section == "image_view":

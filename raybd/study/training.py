@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from raybd.study.base import NonNegativeFloat, PositiveFloat, Section, plain_name
 
@@ -83,6 +83,11 @@ class TrainSettings(Section):
 
     epochs: NonNegativeInt
     batch_size: Annotated[int, Field(ge=2)] = Field(description="global batch, over all workers")
+    micro_batch_size: PositiveInt | None = Field(
+        None,
+        description="pairs whose activations a worker holds at a time; the gradient is that of the whole batch, for "
+        "one more forward pass; BatchNorm in train mode normalises each micro batch by itself",
+    )
     lr: PositiveFloat
     warmup_steps: NonNegativeInt
     schedule: Schedule = Schedule.COSINE
@@ -102,6 +107,7 @@ class PretrainObjective(Section):
     loss_weights: LossWeights | None = None
     epochs: NonNegativeInt | None = None
     batch_size: Annotated[int, Field(ge=2)] | None = None
+    micro_batch_size: PositiveInt | None = None
     lr: PositiveFloat | None = None
     warmup_steps: NonNegativeInt | None = None
     weight_decay: NonNegativeFloat | None = None

@@ -45,15 +45,20 @@ def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.AdamW
     )
 
 
+def _full(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Features:
-    """What the model makes of a batch: normalised rows of originals and views, and the logit scale."""
+    """What the model makes of a batch: normalised rows of originals and views, logit scale and bias."""
 
     image_BD: Tensor
     text_BD: Tensor
     logit_scale: Tensor
     image_view_BD: Tensor | None
     text_view_BD: Tensor | None
+    logit_bias: Tensor | None
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Training:
         self.optimizer = make_optimizer(clip.net, settings)
         self._names = {parameter: name for name, parameter in clip.net.named_parameters()}
         self._steps_an_epoch = steps(len(pairs), settings.batch_size)
-        self._net: nn.Module = clip.net
+        self.net: nn.Module = clip.net
         self.epoch = self.step = self.samples_seen = self.poisoned_seen = 0
 
     def run(self) -> None:
@@ -133,7 +138,7 @@ class Training:
             self.recipe.start(self)
         if active():
             ids = [device.index] if device.type == "cuda" else None
-            self._net = DistributedDataParallel(self.clip.net, device_ids=ids)
+            self.net = DistributedDataParallel(self.clip.net, device_ids=ids)
         for epoch in range(done + 1, self.settings.epochs + 1):
             if self._halt(epoch - 1):
                 return
@@ -196,7 +201,7 @@ class Training:
             group["lr"] = lr
 
     def encode(self, pixels_BCHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return normalised image rows, text rows and the logit scale, float32, with gradients.
+        """Return normalised image rows, text rows and the logit scale, float32 at least, with gradients.
 
         Args:
             pixels_BCHW: normalised images (`Clip.normalise`), on any device.
@@ -205,8 +210,8 @@ class Training:
         device = self.context.device
         pixels = pixels_BCHW.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            image_rows, text_rows, logit_scale, *_ = self._net(pixels, tokens_BL.to(device, non_blocking=True))
-        return image_rows.float(), text_rows.float(), logit_scale.float()
+            image_rows, text_rows, logit_scale, *_ = self.net(pixels, tokens_BL.to(device, non_blocking=True))
+        return _full(image_rows), _full(text_rows), _full(logit_scale)
 
     def features(self, batch: Batch) -> Features:
         """Return the rows of a batch; originals and views go through the model as one batch."""
@@ -222,6 +227,7 @@ class Training:
             logit_scale,
             image_rows[own:] if views else None,
             text_rows[own:] if views else None,
+            self.clip.net.logit_bias,
         )
 
     def loss(self, batch: Batch) -> Loss:
@@ -236,7 +242,7 @@ class Training:
             found.logit_scale,
             image_view_BD=found.image_view_BD,
             text_view_BD=found.text_view_BD,
-            logit_bias=self.clip.net.logit_bias,
+            logit_bias=found.logit_bias,
             weights=vars(self.settings.loss_weights),
             ranks=ranks(),
         )

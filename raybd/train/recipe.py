@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from raybd.data.pairs import Batch
 from raybd.objectives import Loss
+from raybd.train import grad_cache
 
 if TYPE_CHECKING:
     from raybd.train.loop import Training
@@ -23,6 +24,7 @@ class Recipe:
     """
 
     optimizes = True  # whether `step` takes optimizer steps: without any, no learning rate and no decay are in force
+    in_parts = True  # whether steps heed `micro_batch_size`: they are `step`'s, and `loss` is the run's own
 
     def attach(self, run: Training) -> None:
         """Look at the model as it came: copy it, choose what is trained. Called at a fresh start and on resuming.
@@ -49,11 +51,18 @@ class Recipe:
 
     def step(self, run: Training, batch: Batch) -> Loss:
         """Take one optimizer step and return the loss that it was taken on. Errors: TrialError if it is not finite."""
+        loss = self._backward(run, batch)
+        run.optimizer.step()
+        return loss
+
+    def _backward(self, run: Training, batch: Batch) -> Loss:
+        size = run.settings.micro_batch_size
+        if self.in_parts and size is not None and size < len(batch.images_BCHW):
+            return grad_cache.backward(run, batch, size=size)
         loss = self.loss(run, batch)
         run.check_finite(loss)
         run.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        run.optimizer.step()
         return loss
 
     alphas: tuple[float, ...] = ()  # of all points that `points` yields
