@@ -169,11 +169,37 @@ def _prompt_tokens(model: str, prompts: tuple[str, ...]) -> Tensor:
     return open_clip.get_tokenizer(model)(list(prompts))
 
 
-def class_embeddings(clip: Clip, found: EvaluationSet, *, device: torch.device) -> Tensor:
-    """Return normalised class embeddings [C, D]: the mean of the normalised prompt embeddings, normalised again."""
+def class_embeddings(
+    clip: Clip,
+    found: EvaluationSet,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:
+    """Return normalised class embeddings [C, D]: the mean of the normalised prompt embeddings, normalised again.
+
+    Args:
+        rank, world_size, gather: each rank encodes the prompts of its share of the classes, and `gather` joins the
+            ranks' rows. Fewer classes than ranks are encoded by each.
+    """
     tokens_PL = _prompt_tokens(clip.name, found.prompts)
+    if 1 < world_size <= found.num_classes:
+        tokens_CTL = tokens_PL.view(found.num_classes, -1, tokens_PL.shape[-1])
+        own_CTL = tokens_CTL[_share(found.num_classes, rank, world_size)]
+        return gather(_embedded(clip, own_CTL.flatten(0, 1), len(own_CTL), device))
+    return _embedded(clip, tokens_PL, found.num_classes, device)
+
+
+def _share(total: int, rank: int, world_size: int) -> slice:
+    """Return a rank's part of range(total); the parts differ by one at most."""
+    return slice(total * rank // world_size, total * (rank + 1) // world_size)
+
+
+def _embedded(clip: Clip, tokens_PL: Tensor, num_classes: int, device: torch.device) -> Tensor:
     parts = [clip.net.encode_text(part.to(device), normalize=True).float() for part in tokens_PL.split(1024)]
-    mean_CD = torch.cat(parts).view(found.num_classes, -1, parts[0].shape[-1]).mean(dim=1)
+    mean_CD = torch.cat(parts).view(num_classes, -1, parts[0].shape[-1]).mean(dim=1)
     return F.normalize(mean_CD, dim=-1)
 
 
@@ -198,6 +224,7 @@ def measure(
     rank: int = 0,
     world_size: int = 1,
     autocast: Callable[[], torch.autocast] | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Measured:
     """Count right and attacked images, for each half and each probe. The mode of every module is as it was afterwards.
 
@@ -205,16 +232,18 @@ def measure(
     the same for an image in every evaluation.
 
     Args:
-        rank, world_size: count every `world_size`-th batch only; the caller adds the ranks up.
+        rank, world_size: count this rank's share of the images only; the caller adds the ranks up.
+        gather: joins rows of all ranks, which then share the prompts too; without it each encodes them all.
     """
     counts = dict.fromkeys(SPLITS, Counts())
     by_probe = [dict.fromkeys(SPLITS, Counts()) for _ in found.probes]
     with evaluating(clip.net), autocast() if autocast else torch.autocast(device.type, enabled=False):
-        classes_CD = class_embeddings(clip, found, device=device)
-        starts = range(0, len(found.images.index), found.batch_size)
-        for start in starts[rank::world_size]:
+        shared: dict[str, Any] = {"rank": rank, "world_size": world_size, "gather": gather} if gather else {}
+        classes_CD = class_embeddings(clip, found, device=device, **shared)
+        rows_M = np.arange(len(found.images.index))[_share(len(found.images.index), rank, world_size)]
+        for start in range(0, len(rows_M), found.batch_size):
             pulse.beat()
-            rows = np.arange(start, min(start + found.batch_size, len(found.images.index)))
+            rows = rows_M[start : start + found.batch_size]
             clean, probed = _count(clip, found, rows, classes_CD, device)
             for split in SPLITS:
                 counts[split] = counts[split] + clean[split]

@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from raybd.evaluate import EvaluationSet, class_embeddings, evaluating
+from raybd.model import Clip
 from raybd.objectives import ALONE, Ranks, combined
 from raybd.train.distributed import active, ranks, share_buffers, sum_over_ranks
 
@@ -140,6 +142,13 @@ def in_micro_batches(loss: str, rank: int) -> dict[str, Tensor]:
     return stepped(run, pairs(run, 8, slice(5) if rank == 0 else slice(5, 8)))
 
 
+def prompts_of(clip: Clip, found: EvaluationSet, rank: int, world: int) -> Tensor:
+    """Return class embeddings that the ranks made together."""
+    shared = {"rank": rank, "world_size": world, "gather": lambda rows: ranks().gather(rows).all_ND}
+    with evaluating(clip.net):
+        return class_embeddings(clip, found, device=torch.device("cpu"), **shared).clone()
+
+
 def train(rank: int, world: int, run: str) -> dict[str, Any]:
     """Train vit-tiny-32 for one epoch of two steps with raybd's own loop; return weights before, after, and records."""
     from raybd.data.cache import Images
@@ -176,12 +185,22 @@ def train(rank: int, world: int, run: str) -> dict[str, Any]:
     clip = create("vit-tiny-32", seed=1)
     before = {name: value.clone() for name, value in clip.net.state_dict().items()}
     store = Store(run)
+    encoded = list[int]()
+    clip.net.transformer.register_forward_hook(lambda part, given, made: encoded.append(len(made)))
+    classes_CD = prompts_of(clip, found, rank, world)
+    prompts = sum(encoded)
     if rank == 0:
         Ledger(store).start(Kind.PRETRAIN, "run", {})
     context = LedgerContext(store=store, kind=Kind.PRETRAIN, id="run", rank=rank, world_size=world)
     Training(clip, CachedPairs(images, Prepare(plan, clip.tokenizer, None, 9)), settings, context, found).run()
     records = Ledger(store).entry(Kind.PRETRAIN, "run").epochs if rank == 0 else {}
-    return {"before": before, "after": dict(clip.net.state_dict()), "records": records}
+    return {
+        "prompts": prompts,
+        "classes": classes_CD,
+        "before": before,
+        "after": dict(clip.net.state_dict()),
+        "records": records,
+    }
 
 
 def work(rank: int, folder: str) -> None:
@@ -304,6 +323,15 @@ def test_one_process_needs_no_group(found_by: dict[int, list[dict[str, Any]]]) -
     norm = nn.BatchNorm1d(2)
     share_buffers(norm)
     assert norm.running_mean.tolist() == [0.0, 0.0]
+
+
+def test_each_rank_encodes_the_prompts_of_its_classes_and_has_the_embeddings_of_all(
+    found_by: dict[int, list[dict[str, Any]]], alone: dict[str, Any]
+) -> None:
+    assert [found["training"]["prompts"] for found in found_by[2]] == [1, 2]
+    assert alone["prompts"] == 3
+    for found in found_by[2]:
+        torch.testing.assert_close(found["training"]["classes"], alone["classes"], rtol=0, atol=1e-6)
 
 
 def test_two_ranks_train_to_the_weights_of_one_process(

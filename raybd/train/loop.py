@@ -331,6 +331,7 @@ class Training:
             rank=context.rank,
             world_size=context.world_size,
             autocast=self.autocast,
+            gather=lambda rows: ranks().gather(rows).all_ND,
         )
         added = own.holding(sum_over_ranks(own.numbers(), device=context.device))
         return added.records(self.evaluation_set)
