@@ -181,10 +181,9 @@ def test_the_ranks_add_up_to_one_process(world_size: int, clip: Clip, images: Im
     parts = [evaluate(clip, made, device=CPU, rank=rank, world_size=world_size) for rank in range(world_size)]
     for split in SPLITS:
         assert sum((part[split] for part in parts), Counts()) == alone[split]
-    # Four batches: none of two ranks is idle, and of nine some are.
-    assert [any(part[split] != Counts() for split in SPLITS) for part in parts] == [
-        rank < 4 for rank in range(world_size)
-    ]
+    # None is idle while another works on.
+    shares = [sum(part[split].n_clean for split in SPLITS) for part in parts]
+    assert max(shares) - min(shares) <= 1
 
 
 class Watched:
