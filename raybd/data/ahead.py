@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
+from torch import Tensor
+
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
 
@@ -66,3 +69,12 @@ def ahead(items: Iterable[T], *, most: int = 2) -> Iterator[T]:
             raise item.error
     finally:
         worker.stop()
+
+
+def delivered(tensors: Iterable[Tensor], *, device: torch.device) -> Iterator[Tensor]:
+    """Yield tensors on a device; for a GPU they are made ahead of time, while it works on those before."""
+    if device.type == "cpu":
+        yield from tensors
+    else:
+        for tensor in ahead(tensor.pin_memory() for tensor in tensors):
+            yield tensor.to(device, non_blocking=True)

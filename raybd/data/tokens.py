@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class WordTokens:
 @lru_cache(maxsize=4)
 def remembering(tokenizer: Tokenize) -> Tokenize:
     """Return a tokenizer that gives the same tokens, faster where that is possible."""
-    if type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None:
-        return WordTokens(tokenizer)
+    found: Any = tokenizer
+    if type(found) is SimpleTokenizer and found.reduction_fn is None:
+        return WordTokens(found)
     return tokenizer

@@ -49,11 +49,11 @@ class _AutoAugment(v2.AutoAugment):
 
     def policies(self, height: int, width: int) -> list[tuple[_Operation, ...]]:
         """Return what an image of this size is augmented with: one of these is drawn."""
-        return [tuple(self._operation(*given, height, width) for given in policy) for policy in self._policies]
+        return [tuple(self._operation(*given, size=(height, width)) for given in policy) for policy in self._policies]
 
-    def _operation(self, name: str, probability: float, number: int | None, height: int, width: int) -> _Operation:
+    def _operation(self, name: str, probability: float, number: int | None, *, size: tuple[int, int]) -> _Operation:
         magnitudes, signed = self._AUGMENTATION_SPACE[name]
-        strengths = magnitudes(10, height, width)
+        strengths = magnitudes(10, *size)
         # torchvision compares a float32 draw with the probability, which rounds it to float32.
         probability = float(torch.tensor(probability))
         if strengths is None:
