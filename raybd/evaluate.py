@@ -5,12 +5,13 @@ C classes, T templates, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import open_clip
@@ -20,14 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raybd import pulse
+from raybd.data.ahead import delivered
 from raybd.data.cache import Images
 from raybd.data.prompts import templates
+from raybd.data.tokens import remembering
 from raybd.errors import DataError
 from raybd.metrics import SPLITS, Counts
 from raybd.model import Clip
 from raybd.poison.plan import Attack, PoisonPlan
 from raybd.seeding import fork, share
 from raybd.study import Evaluation
+
+_MOST_TRIGGERED_BYTES = 1 << 30  # of each process; what is above is made anew each time
 
 
 class Role(StrEnum):
@@ -60,6 +65,7 @@ class EvaluationSet:
         in_search_N: True for images of the `search` half; the others are the `report` half.
         probes: the planted attacks, then the controls.
         prompts: T prompts for each of C classes, class by class.
+        triggered: images that were made before, by probe, first row and number.
     """
 
     images: Images
@@ -69,6 +75,7 @@ class EvaluationSet:
     prompts: tuple[str, ...]
     num_classes: int
     batch_size: int
+    triggered: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,26 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 @lru_cache(maxsize=2)
 def _prompt_tokens(model: str, prompts: tuple[str, ...]) -> Tensor:
-    return open_clip.get_tokenizer(model)(list(prompts))
+    return remembering(open_clip.get_tokenizer(model))(list(prompts))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Class embeddings, and all that they were made from."""
+
+    prompts: tuple[str, ...]
+    arithmetic: tuple[torch.device, bool, torch.dtype]
+    weights: list[Tensor]
+    classes_CD: Tensor
+
+    def holds(self, prompts: tuple[str, ...], arithmetic: object, weights: Sequence[Tensor]) -> bool:
+        """Say whether they would come out the same now."""
+        return (self.prompts, self.arithmetic) == (prompts, arithmetic) and all(
+            torch.equal(one, other) for one, other in zip(self.weights, weights, strict=True)
+        )
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 def class_embeddings(
@@ -180,16 +206,29 @@ def class_embeddings(
 ) -> Tensor:
     """Return normalised class embeddings [C, D]: the mean of the normalised prompt embeddings, normalised again.
 
+    Of a model whose text tower is not trained they are kept, and made again once any of its weights differs.
+
     Args:
         rank, world_size, gather: each rank encodes the prompts of its share of the classes, and `gather` joins the
             ranks' rows. Fewer classes than ranks are encoded by each.
     """
+    # Scale and bias of the logits are single numbers, are always trained, and change nothing here.
+    of_texts = [p for n, p in clip.net.named_parameters() if not n.startswith("visual.") and p.numel() > 1]
+    frozen = not any(p.requires_grad for p in of_texts)
+    arithmetic = device, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    kept = _kept.get(clip.net) if frozen else None
+    if kept is not None and kept.holds(found.prompts, arithmetic, of_texts):
+        return kept.classes_CD
     tokens_PL = _prompt_tokens(clip.name, found.prompts)
     if 1 < world_size <= found.num_classes:
         tokens_CTL = tokens_PL.view(found.num_classes, -1, tokens_PL.shape[-1])
         own_CTL = tokens_CTL[_share(found.num_classes, rank, world_size)]
-        return gather(_embedded(clip, own_CTL.flatten(0, 1), len(own_CTL), device))
-    return _embedded(clip, tokens_PL, found.num_classes, device)
+        classes_CD = gather(_embedded(clip, own_CTL.flatten(0, 1), len(own_CTL), device))
+    else:
+        classes_CD = _embedded(clip, tokens_PL, found.num_classes, device)
+    if frozen:
+        _kept[clip.net] = _Kept(found.prompts, arithmetic, [p.detach().clone() for p in of_texts], classes_CD)
+    return classes_CD
 
 
 def _share(total: int, rank: int, world_size: int) -> slice:
@@ -235,69 +274,78 @@ def measure(
         rank, world_size: count this rank's share of the images only; the caller adds the ranks up.
         gather: joins rows of all ranks, which then share the prompts too; without it each encodes them all.
     """
-    counts = dict.fromkeys(SPLITS, Counts())
-    by_probe = [dict.fromkeys(SPLITS, Counts()) for _ in found.probes]
+    parts = [np.arange(len(found.images.index)), *(np.flatnonzero(probe.triggered_N) for probe in found.probes)]
+    parts = [rows[_share(len(rows), rank, world_size)] for rows in parts]
+    mine = [
+        (number, rows[start : start + found.batch_size])
+        for number, rows in enumerate(parts)
+        for start in range(0, len(rows), found.batch_size)
+    ]
+    predicted: list[list[Tensor]] = [[] for _ in parts]
     with evaluating(clip.net), autocast() if autocast else torch.autocast(device.type, enabled=False):
         shared: dict[str, Any] = {"rank": rank, "world_size": world_size, "gather": gather} if gather else {}
         classes_CD = class_embeddings(clip, found, device=device, **shared)
-        rows_M = np.arange(len(found.images.index))[_share(len(found.images.index), rank, world_size)]
-        for start in range(0, len(rows_M), found.batch_size):
+        images = (_images(found, number, rows) for number, rows in mine)
+        for (number, _), images_BCHW in zip(mine, delivered(images, device=device), strict=True):
             pulse.beat()
-            rows = rows_M[start : start + found.batch_size]
-            clean, probed = _count(clip, found, rows, classes_CD, device)
-            for split in SPLITS:
-                counts[split] = counts[split] + clean[split]
-                for probe, total, own in zip(found.probes, by_probe, probed, strict=True):
-                    total[split] = total[split] + own[split]
-                    if probe.role is Role.PLANTED:
-                        counts[split] = counts[split] + own[split]
-    return Measured(counts, tuple(by_probe))
+            predicted[number].append(_predict(clip, images_BCHW, classes_CD))
+    # One transfer for each part, after all work is on its way.
+    found_M = [torch.cat(some).cpu().numpy() if some else np.zeros(0, dtype=np.int64) for some in predicted]
+    return _counted(found, parts, found_M)
 
 
-def _count(
-    clip: Clip, found: EvaluationSet, rows: NDArray[np.int64], classes_CD: Tensor, device: torch.device
-) -> tuple[dict[str, Counts], list[dict[str, Counts]]]:
-    """Return the counts of one batch for each half: of clean images, and of each probe's triggered ones."""
-    clean_BCHW = torch.from_numpy(found.images.pixels(rows))
-    labels, in_search = found.images.index.labels[rows], found.in_search_N[rows]
+def _images(found: EvaluationSet, number: int, rows: NDArray[np.int64]) -> Tensor:
+    """Return uint8 images of some rows: clean ones for part 0, else with the trigger of that probe, from 1.
+
+    Triggered images are the same in every evaluation, and kept while they do not take too much memory.
+    """
+    if not number:
+        return torch.from_numpy(found.images.pixels(rows))
+    name = number, int(rows[0]), len(rows)
+    if (kept := found.triggered.get(name)) is not None:
+        return kept
+    attack = found.probes[number - 1].attack
     seeds = [fork(found.seed, "evaluate", str(key)) for key in found.images.index.keys[rows]]
-    clean: dict[str, Counts] = {}
-    probed = []
-    for probe in found.probes:
-        hit_rows = np.flatnonzero(probe.triggered_N[rows])
-        triggered = [probe.attack.triggered(clean_BCHW[i], seed=seeds[i]) for i in hit_rows]
-        images = [clean_BCHW] if not clean else []
-        images += [torch.stack(triggered)] if triggered else []
-        if not images:
-            probed.append(dict.fromkeys(SPLITS, Counts()))
-            continue
-        predicted = _predict(clip, torch.cat(images), classes_CD, device)
-        if not clean:  # clean images go with the first probe's, in one batch
-            right, predicted = predicted[: len(rows)] == labels, predicted[len(rows) :]
-            clean = {
-                split: Counts(n_clean=int(half.sum()), correct_clean=int(right[half].sum()))
-                for split, half in _halves(in_search)
-            }
-        probed.append(
+    clean_BCHW = torch.from_numpy(found.images.pixels(rows))
+    made_BCHW = torch.stack([attack.triggered(image, seed=seed) for image, seed in zip(clean_BCHW, seeds, strict=True)])
+    if sum(one.nbytes for one in found.triggered.values()) + made_BCHW.nbytes <= _MOST_TRIGGERED_BYTES:
+        found.triggered[name] = made_BCHW
+    return made_BCHW
+
+
+def _counted(
+    found: EvaluationSet, rows: Sequence[NDArray[np.int64]], predicted: Sequence[NDArray[np.int64]]
+) -> Measured:
+    """Return the counts of predictions for rows of the evaluation set: of clean images, then of each probe's."""
+    labels_N, right = found.images.index.labels, predicted[0] == found.images.index.labels[rows[0]]
+    counts = {
+        split: Counts(n_clean=int(half.sum()), correct_clean=int(right[half].sum()))
+        for split, half in _halves(found.in_search_N[rows[0]])
+    }
+    by_probe = []
+    for probe, own, classes in zip(found.probes, rows[1:], predicted[1:], strict=True):
+        by_probe.append(
             {
                 split: Counts(
                     n_triggered=int(half.sum()),
-                    hit_target=int((predicted == probe.target)[half].sum()),
-                    correct_triggered=int((predicted == labels[hit_rows])[half].sum()),
+                    hit_target=int((classes == probe.target)[half].sum()),
+                    correct_triggered=int((classes == labels_N[own])[half].sum()),
                 )
-                for split, half in _halves(in_search[hit_rows])
+                for split, half in _halves(found.in_search_N[own])
             }
         )
-    return clean, probed
+        if probe.role is Role.PLANTED:
+            counts = {split: counts[split] + by_probe[-1][split] for split in SPLITS}
+    return Measured(counts, tuple(by_probe))
 
 
 def _halves(in_search: NDArray[np.bool_]) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
     return (("search", in_search), ("report", ~in_search))
 
 
-def _predict(clip: Clip, images_BCHW: Tensor, classes_CD: Tensor, device: torch.device) -> NDArray[np.int64]:
-    pixels = clip.normalise(images_BCHW.to(device)).contiguous(memory_format=torch.channels_last)
+def _predict(clip: Clip, images_BCHW: Tensor, classes_CD: Tensor) -> Tensor:
+    pixels = clip.normalise(images_BCHW).contiguous(memory_format=torch.channels_last)
     features = clip.net.encode_image(pixels, normalize=True).float()
     # Outside autocast: in bf16 close classes would tie, and a tie goes to the lowest class number.
-    with torch.autocast(device.type, enabled=False):
-        return np.asarray((features @ classes_CD.T).argmax(dim=-1).cpu().numpy())
+    with torch.autocast(images_BCHW.device.type, enabled=False):
+        return (features @ classes_CD.T).argmax(dim=-1)

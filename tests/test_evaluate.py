@@ -17,9 +17,9 @@ from scipy.stats import binomtest
 from raybd.data.cache import Images
 from raybd.data.shards import classes, decode, find_shards, make_index, samples
 from raybd.errors import DataError, StudyError
-from raybd.evaluate import EvaluationSet, class_embeddings, evaluate, make_set
+from raybd.evaluate import EvaluationSet, class_embeddings, evaluate, evaluating, make_set
 from raybd.metrics import SPLITS, Counts, wilson
-from raybd.model import Clip, create
+from raybd.model import Clip, create, freeze_unused
 from raybd.poison.plan import Attack, PoisonPlan, templates
 from raybd.seeding import fork
 from raybd.study import BadNet, Data, Evaluation, Pattern, Placement
@@ -184,6 +184,47 @@ def test_the_ranks_add_up_to_one_process(world_size: int, clip: Clip, images: Im
     # None is idle while another works on.
     shares = [sum(part[split].n_clean for split in SPLITS) for part in parts]
     assert max(shares) - min(shares) <= 1
+
+
+def test_triggered_images_are_made_once_while_there_is_room(
+    clip: Clip, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, asked = a_set(images, target=likely_target(clip, images)), []
+    triggered = Attack.triggered
+    monkeypatch.setattr(Attack, "triggered", lambda *a, **k: asked.append(1) or triggered(*a, **k))
+    first = evaluate(clip, made, device=CPU)
+    assert len(asked) == int(made.probes[0].triggered_N.sum())
+    assert evaluate(clip, made, device=CPU) == first
+    assert len(asked) == int(made.probes[0].triggered_N.sum())
+    assert not replace(made, seed=3).triggered, "another set has images of its own"
+    monkeypatch.setattr("raybd.evaluate._MOST_TRIGGERED_BYTES", 16 * 3 * 32 * 32)
+    small = replace(made)
+    assert [evaluate(clip, small, device=CPU) for _ in range(2)] == [first, first]
+    assert len(small.triggered) == 1, "one batch has room, the others are made anew"
+
+
+def test_prompts_are_encoded_again_only_where_the_text_tower_may_differ(images: Images) -> None:
+    clip, found, calls = create("resnet-tiny-32", seed=1), a_set(images), []
+    clip.net.transformer.register_forward_hook(lambda *_: calls.append(1))
+
+    def embeddings(of: EvaluationSet = found) -> torch.Tensor:
+        with evaluating(clip.net):
+            return class_embeddings(clip, of, device=CPU)
+
+    embeddings(), embeddings()
+    assert len(calls) == 2, "a text tower that is trained differs each time"
+    freeze_unused(clip.net, image=True, text=False, bias=False)
+    first = embeddings()
+    clip.net.visual.head.proj.weight.data.mul_(2)
+    clip.net.logit_scale.data.add_(1)
+    assert torch.equal(embeddings(), first)
+    assert len(calls) == 3
+    # Not by torch's own count of changes: weights are also set behind its back.
+    clip.net.token_embedding.weight.data.mul_(1.5)
+    assert not torch.equal(embeddings(), first)
+    assert len(calls) == 4
+    embeddings(a_set(images, templates=("{}",)))
+    assert len(calls) == 5
 
 
 class Watched:

@@ -95,8 +95,8 @@ class Spied:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        for batch in self._pairs.epoch(epoch, batch_size=batch_size, rank=rank, world_size=world_size):
+    def epoch(self, epoch: int, **how: Any) -> Iterator[Batch]:
+        for batch in self._pairs.epoch(epoch, **how):
             self._before(next(self._number))
             yield batch
 

@@ -7,7 +7,7 @@ for, in which each sample is once. The ranks of a DDP run share each of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,16 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from raybd import pulse
+from raybd.data.ahead import ahead
 from raybd.data.cache import Images
 from raybd.data.shards import Index, decode, samples
+from raybd.data.tokens import Tokenize
 from raybd.data.views import image_views, text_view
 from raybd.errors import DataError
 from raybd.poison.plan import PoisonPlan
 from raybd.seeding import fork
 from raybd.study import ImageView, TextView
 
-Tokenize = Callable[[list[str]], Tensor]
 _CHUNK = 64
+_VIEWS_AT_ONCE = 512
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ class Batch:
     broken: int = 0
     keys: tuple[str, ...] = ()
 
+    def pinned(self) -> Batch:
+        """Return the batch in memory from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -65,13 +79,44 @@ class Prepare:
     views: tuple[ImageView | None, TextView] | None
     seed: int
 
-    def images(self, images: list[Tensor], keys: Sequence[str], *, epoch: int) -> tuple[Tensor, Tensor | None]:
+    def images(self, images: Iterable[Tensor], keys: Sequence[str], *, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Return images as the model gets them, and their augmented views, uint8 [B, 3, H, W]."""
         images_BCHW = torch.stack([self.plan.image(image, key) for image, key in zip(images, keys, strict=True)])
+        return images_BCHW, self._views(images_BCHW, keys, epoch=epoch)
+
+    def _views(self, images_BCHW: Tensor, keys: Sequence[str], *, epoch: int) -> Tensor | None:
         if self.views is None or self.views[0] is None:
-            return images_BCHW, None
+            return None
         seeds = [fork(self.seed, "image_view", epoch, key) for key in keys]
-        return images_BCHW, image_views(images_BCHW, self.views[0], seeds=seeds)
+        return image_views(images_BCHW, self.views[0], seeds=seeds)
+
+    def without_image_views(self) -> Prepare:
+        """Return what prepares the same, but leaves the images' views to `deliver`."""
+        return replace(self, views=self.views and (None, self.views[1]))
+
+    def deliver(self, batches: Iterable[Batch], *, epoch: int, device: torch.device) -> Iterator[Batch]:
+        """Yield batches on their device, with the images' views where they lack them.
+
+        A GPU has its next batches made while it works, and augments images itself.
+        """
+        if device.type != "cpu":
+            batches = (batch.to(device) for batch in ahead(batch.pinned() for batch in batches))
+        for batch in self._augmented(batches, epoch=epoch):
+            pulse.beat()
+            yield batch
+
+    def _augmented(self, batches: Iterable[Batch], *, epoch: int) -> Iterator[Batch]:
+        """Augment the images of a few batches at once: an operation takes about as long on one image as on many."""
+        for several in _several(batches, most=_VIEWS_AT_ONCE):
+            keys = [key for batch in several for key in batch.keys]
+            views = None
+            if several[0].image_views_BCHW is None:
+                views = self._views(torch.cat([batch.images_BCHW for batch in several]), keys, epoch=epoch)
+            if views is None:
+                yield from several
+                continue
+            parts = views.split([len(batch.keys) for batch in several])
+            yield from (replace(batch, image_views_BCHW=part) for batch, part in zip(several, parts, strict=True))
 
     def tokens(self, captions: Sequence[str], keys: Sequence[str], *, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Return tokens of captions as the model gets them, and of their augmented views, [B, L]."""
@@ -85,6 +130,18 @@ class Prepare:
         return self.tokenize(given), self.tokenize(augmented)
 
 
+def _several(batches: Iterable[Batch], *, most: int) -> Iterator[list[Batch]]:
+    """Yield batches in groups of `most` samples at most, or of one batch."""
+    held: list[Batch] = []
+    for batch in batches:
+        if held and sum(len(one.keys) for one in held) + len(batch.keys) > most:
+            yield held
+            held = []
+        held.append(batch)
+    if held:
+        yield held
+
+
 class Pairs(Protocol):
     """A source of training pairs."""
 
@@ -94,8 +151,14 @@ class Pairs(Protocol):
         """Return the same pairs without augmented views, which cost more than the rest together."""
         ...
 
-    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield one rank's batches of an epoch; every rank yields `steps(len(self), batch_size)` of them."""
+    def epoch(
+        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    ) -> Iterator[Batch]:
+        """Yield one rank's batches of an epoch; every rank yields `steps(len(self), batch_size)` of them.
+
+        Args:
+            device: where they are to be.
+        """
         ...
 
 
@@ -145,22 +208,26 @@ class CachedPairs:
         """Return the same pairs without augmented views."""
         return CachedPairs(self._images, replace(self._prepare, views=None))
 
-    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield one rank's batches of an epoch."""
+    def epoch(
+        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    ) -> Iterator[Batch]:
+        """Yield one rank's batches of an epoch, on a device."""
         check_batches(len(self), batch_size, world_size)
         order_N = np.random.default_rng(fork(self._prepare.seed, "order", epoch)).permutation(len(self))
-        for start, stop in bounds(len(self), steps(len(self), batch_size)):
-            pulse.beat()
-            yield self._batch(order_N[start:stop][_first(start, rank, world_size) :: world_size], epoch)
+        batches = (
+            self._batch(order_N[start:stop][_first(start, rank, world_size) :: world_size], epoch)
+            for start, stop in bounds(len(self), steps(len(self), batch_size))
+        )
+        return self._prepare.deliver(batches, epoch=epoch, device=device)
 
     def _batch(self, rows: NDArray[np.int64], epoch: int) -> Batch:
-        index = self._images.index
+        index, prepare = self._images.index, self._prepare.without_image_views()
         keys = [str(key) for key in index.keys[rows]]
         pixels_BCHW = torch.from_numpy(self._images.pixels(rows))
-        images_BCHW, image_views_BCHW = self._prepare.images(list(pixels_BCHW), keys, epoch=epoch)
-        tokens_BL, token_views_BL = self._prepare.tokens(list(index.captions[rows]), keys, epoch=epoch)
-        poisoned = sum(key in self._prepare.plan.rows for key in keys)
-        return Batch(images_BCHW, tokens_BL, image_views_BCHW, token_views_BL, poisoned, keys=tuple(keys))
+        images_BCHW, _ = prepare.images(pixels_BCHW, keys, epoch=epoch)
+        tokens_BL, token_views_BL = prepare.tokens(list(index.captions[rows]), keys, epoch=epoch)
+        poisoned = sum(key in prepare.plan.rows for key in keys)
+        return Batch(images_BCHW, tokens_BL, None, token_views_BL, poisoned, keys=tuple(keys))
 
 
 @dataclass(frozen=True)
@@ -195,12 +262,22 @@ class StreamedPairs:
         plain = replace(self._prepare, views=None)
         return StreamedPairs(self._index, plain, size=self._size, workers=self._workers, shuffle_buffer=self._buffer)
 
-    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield one rank's batches of an epoch."""
+    def epoch(
+        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    ) -> Iterator[Batch]:
+        """Yield one rank's batches of an epoch, on a device."""
         check_batches(len(self), batch_size, world_size)
+        batches = self._batches(epoch, batch_size, rank, world_size, device)
+        return self._prepare.deliver(batches, epoch=epoch, device=device)
+
+    def _batches(
+        self, epoch: int, batch_size: int, rank: int, world_size: int, device: torch.device
+    ) -> Iterator[Batch]:
         sizes = [len(range(one, len(self), world_size)) for one in range(rank + 1)]
         start, stop = sum(sizes[:-1]), sum(sizes)
-        stream = _Stream(self._index, self._prepare, self._size, self._buffer, epoch, start, stop)
+        # On a CPU the loader's workers augment, beside the model; a GPU does so itself.
+        prepare = self._prepare if device.type == "cpu" else self._prepare.without_image_views()
+        stream = _Stream(self._index, prepare, self._size, self._buffer, epoch, start, stop)
         loader: DataLoader[list[_Item]] = DataLoader(
             stream,
             batch_size=None,
@@ -209,7 +286,6 @@ class StreamedPairs:
         )
         items = (item for chunk in loader for item in chunk)
         for low, high in bounds(len(self), steps(len(self), batch_size)):
-            pulse.beat()
             count = len(range(low + _first(low, rank, world_size), high, world_size))
             yield self._batch([next(items) for _ in range(count)], epoch)
 

@@ -6,6 +6,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ _SHARE_OF_WORDS = 0.1
 
 
 def image_views(images_BCHW: Tensor, name: ImageView, *, seeds: Sequence[int]) -> Tensor:
-    """Return an augmented copy of each uint8 image [B, 3, H, W], of the same shape.
+    """Return an augmented copy of each uint8 image [B, 3, H, W], of the same shape and on the same device.
 
     A sample's view depends on its own seed alone, not on the batch that it comes in.
 
@@ -33,26 +34,31 @@ def image_views(images_BCHW: Tensor, name: ImageView, *, seeds: Sequence[int]) -
     return _crop_flip_colour(images_BCHW, seeds)
 
 
+@dataclass(frozen=True)
+class _Operation:
+    """One operation of a policy: how likely it is, how strong, and whether a coin turns the strength around."""
+
+    name: str
+    probability: float
+    strength: float
+    signed: bool
+
+
 class _AutoAugment(v2.AutoAugment):
     """torchvision's AutoAugment with its draws and its operations apart, so that equal operations share one call."""
 
-    def draw(self, seed: int, height: int, width: int) -> list[tuple[str, float]]:
-        """Return the operations that torchvision would apply after `torch.manual_seed(seed)`."""
-        generator = torch.Generator().manual_seed(seed)
-        policy = self._policies[int(torch.randint(len(self._policies), (), generator=generator))]
-        found = []
-        for operation, probability, magnitude_index in policy:
-            if not torch.rand((), generator=generator) <= probability:
-                continue
-            magnitudes, signed = self._AUGMENTATION_SPACE[operation]
-            strengths = magnitudes(10, height, width)
-            strength = 0.0
-            if strengths is not None:
-                strength = float(strengths[magnitude_index])
-                if signed and torch.rand((), generator=generator) <= 0.5:
-                    strength = -strength
-            found.append((operation, strength))
-        return found
+    def policies(self, height: int, width: int) -> list[tuple[_Operation, ...]]:
+        """Return what an image of this size is augmented with: one of these is drawn."""
+        return [tuple(self._operation(*given, size=(height, width)) for given in policy) for policy in self._policies]
+
+    def _operation(self, name: str, probability: float, number: int | None, *, size: tuple[int, int]) -> _Operation:
+        magnitudes, signed = self._AUGMENTATION_SPACE[name]
+        strengths = magnitudes(10, *size)
+        # torchvision compares a float32 draw with the probability, which rounds it to float32.
+        probability = float(torch.tensor(probability))
+        if strengths is None:
+            return _Operation(name, probability, 0.0, signed=False)
+        return _Operation(name, probability, float(strengths[number]), signed=signed)
 
     def run(self, images_BCHW: Tensor, operation: str, strength: float) -> Tensor:
         """Apply one operation to every image."""
@@ -66,33 +72,55 @@ def _policy() -> _AutoAugment:
     return _AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
 
 
+@cache
+def _policies(height: int, width: int) -> list[tuple[_Operation, ...]]:
+    return _policy().policies(height, width)
+
+
+def _drawn(policies: Sequence[tuple[_Operation, ...]], generator: torch.Generator) -> list[tuple[str, float]]:
+    """Return the operations that torchvision would apply with this state of the global generator."""
+    policy = policies[int(torch.randint(len(policies), (), generator=generator))]
+    # torchvision draws these one after the other, as it needs them: the numbers are the same.
+    chances = iter(torch.rand(2 * len(policy), generator=generator).tolist())
+    found = []
+    for operation in policy:
+        if next(chances) <= operation.probability:
+            turned = operation.signed and next(chances) <= 0.5
+            found.append((operation.name, -operation.strength if turned else operation.strength))
+    return found
+
+
 def _autoaugment(images_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
-    policy = _policy()
-    draws = [policy.draw(seed, *images_BCHW.shape[-2:]) for seed in seeds]
+    policies, generator = _policies(*images_BCHW.shape[-2:]), torch.Generator()
+    draws = [_drawn(policies, generator.manual_seed(seed)) for seed in seeds]
     views_BCHW = images_BCHW.clone()
     for step in range(2):
         groups: dict[tuple[str, float], list[int]] = defaultdict(list)
         for i, operations in enumerate(draws):
             if step < len(operations):
                 groups[operations[step]].append(i)
-        for (operation, strength), rows in groups.items():
-            views_BCHW[rows] = policy.run(views_BCHW[rows], operation, strength)
+        # One copy to the device for all groups, not one for each.
+        order_K = torch.tensor([i for rows in groups.values() for i in rows], dtype=torch.long)
+        parts = order_K.to(images_BCHW.device, non_blocking=True).split([len(rows) for rows in groups.values()])
+        for (operation, strength), rows_G in zip(groups, parts, strict=True):
+            views_BCHW.index_copy_(0, rows_G, _policy().run(views_BCHW.index_select(0, rows_G), operation, strength))
     return views_BCHW
 
 
 def _crop_flip_colour(images_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
     """A crop of 40 to 100 % of the area, a flip half of the time, brightness, contrast and saturation within 40 %."""
-    draws_BK = torch.stack([torch.rand(7, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    device, generator = images_BCHW.device, torch.Generator()
+    draws_BK = torch.stack([torch.rand(7, generator=generator.manual_seed(seed)) for seed in seeds]).to(device)
     scale_B = (0.4 + 0.6 * draws_BK[:, 0]).sqrt()
     shift_B2 = (2 * draws_BK[:, 1:3] - 1) * (1 - scale_B)[:, None]
     flip_B = torch.where(draws_BK[:, 3] < 0.5, -1.0, 1.0)
-    theta_B23 = torch.zeros(len(seeds), 2, 3)
+    theta_B23 = torch.zeros(len(seeds), 2, 3, device=device)
     theta_B23[:, 0, 0], theta_B23[:, 1, 1], theta_B23[:, :, 2] = scale_B * flip_B, scale_B, shift_B2
     grid_BHW2 = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False)
     x_BCHW = F.grid_sample(images_BCHW.float(), grid_BHW2, padding_mode="reflection", align_corners=False)
     brightness, contrast, saturation = (0.6 + 0.8 * draws_BK[:, 4 + i, None, None, None] for i in range(3))
     x_BCHW = x_BCHW * brightness
-    grey_B1HW = (x_BCHW * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    grey_B1HW = (x_BCHW * torch.tensor([0.299, 0.587, 0.114], device=device).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     x_BCHW = grey_B1HW + saturation * (x_BCHW - grey_B1HW)
     mean_B111 = grey_B1HW.mean(dim=(2, 3), keepdim=True)
     x_BCHW = mean_B111 + contrast * (x_BCHW - mean_B111)

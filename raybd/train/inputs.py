@@ -14,6 +14,7 @@ from raybd.data import cache, shards
 from raybd.data.cache import Images
 from raybd.data.pairs import CachedPairs, Pairs, Prepare, StreamedPairs
 from raybd.data.shards import Index
+from raybd.data.tokens import remembering
 from raybd.data.views import wordnet
 from raybd.errors import DataError, StudyError
 from raybd.evaluate import EvaluationSet, make_set
@@ -143,7 +144,7 @@ class Inputs:
         adversarial = isinstance(settings, CleanSettings) and settings.method is Method.ABD
         image_view = None if adversarial else settings.image_view  # the method makes its own
         views = (image_view, settings.text_view) if settings.loss_weights.views else None
-        return Prepare(plan=plan, tokenize=clip.tokenizer, views=views, seed=seed)
+        return Prepare(plan=plan, tokenize=remembering(clip.tokenizer), views=views, seed=seed)
 
     def pretraining_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
         """Return all training pairs, poisoned as planned."""

@@ -164,7 +164,11 @@ class Training:
         self.recipe.begin_epoch(self, epoch)
         self.recipe.set_mode(self)
         batches = self.pairs.epoch(
-            epoch, batch_size=self.settings.batch_size, rank=context.rank, world_size=context.world_size
+            epoch,
+            batch_size=self.settings.batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+            device=context.device,
         )
         for batch in batches:
             self._set_lr()
