@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ def read(path: str) -> dict[str, Tensor]:
     Errors: CheckpointError.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError("no such checkpoint", where=path, fix="give the path of a .safetensors or .pt file")
     content = file.read_bytes()
     if file.suffix == ".safetensors":

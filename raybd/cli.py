@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
@@ -216,7 +217,7 @@ def poison(
     """Draw the poison plan and write it into the run directory; nothing is trained."""
     from raybd import study_file
 
-    if preview and not preview.parent.is_dir():
+    if preview and not os.path.isdir(preview.parent):
         raise StudyError("no such folder", where=f"--preview {preview}", fix=f"mkdir -p {preview.parent}")
     found = study_file.anchored(study_file.load(study, overrides=set_ or []))
     where = run_dir or f"runs/{found.name}"
@@ -296,7 +297,7 @@ def evaluate(
     """Evaluate the poisoned models and front points of a run, or a file of weights, on any labelled shards."""
     from raybd.store import Store
 
-    lone = Path(model).is_file()
+    lone = os.path.isfile(model)
     if lone != bool(study) or (name and not lone) or (point and lone):
         raise StudyError(
             "a file of weights needs --study, a run has its own",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -355,7 +356,7 @@ def _data(own: Data, request: Request) -> Data:
         changed["test"] = request.test
     if request.classes:
         file = Path(request.classes)
-        changed["classes"] = str(file.absolute()) if file.is_file() else request.classes
+        changed["classes"] = str(file.absolute()) if os.path.isfile(file) else request.classes
     return own.model_copy(update=changed)
 
 

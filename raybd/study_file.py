@@ -38,7 +38,7 @@ _Loader.add_implicit_resolver(
 def shipped() -> dict[str, Path]:
     """Return the studies that come with raybd by name: the path below `search_spaces`, without its suffix."""
     for folder in (Path(__file__).parent / "search_spaces", Path(__file__).parents[1] / "search_spaces"):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             found = sorted(folder.rglob("*.yaml"))
             return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
     return {}
@@ -294,7 +294,7 @@ def anchored(study: Study) -> Study:
     if model.start:
         model = model.model_copy(update={"start": absolute(model.start)})
     labels = study.clean.pseudo_labels
-    if labels.checkpoint and Path(labels.checkpoint).expanduser().is_file():  # else it is one of open_clip's tags
+    if labels.checkpoint and os.path.isfile(Path(labels.checkpoint).expanduser()):  # else it is one of open_clip's tags
         labels = labels.model_copy(update={"checkpoint": absolute(labels.checkpoint)})
     clean = study.clean.model_copy(update={"pseudo_labels": labels})
     return study.model_copy(update={"data": data, "model": model, "clean": clean})
@@ -303,4 +303,4 @@ def anchored(study: Study) -> Study:
 def embedded(name: str) -> Path | None:
     """Return the folder of a data set that comes with raybd, None if there is none of that name."""
     folder = Path(str(resources.files("raybd") / "data" / name))
-    return folder if name and "/" not in name and (folder / "classes.json").is_file() else None
+    return folder if name and "/" not in name and os.path.isfile(folder / "classes.json") else None

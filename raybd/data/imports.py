@@ -44,7 +44,7 @@ def from_folder(
         out, caption_template=caption_template, test_share=test_share, samples_per_shard=samples_per_shard
     )
     base = Path(folder)
-    if not base.is_dir():
+    if not os.path.isdir(base):
         raise DataError("no such folder", where=str(base), expected="a folder with one sub-folder for each class")
     given = _split_folders(base)
     classes = _folder_classes(given["train"])

@@ -115,6 +115,10 @@ def find_shards(data: Data, patterns: str | Sequence[str], *, field_name: str) -
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for name in braces.expand(pattern, field_name=field_name):
             url = name if "://" in name or name.startswith("/") else f"{data_root(data).rstrip('/')}/{name}"
+            if "**" in name:
+                raise DataError(
+                    f"`**` looks through every folder below: {url}", where=field_name, expected="train/*.tar, or braces"
+                )
             filesystem, path = _filesystem(url, field_name)
             if any(mark in name for mark in "*?["):
                 matched = _matched(filesystem, path, field_name)

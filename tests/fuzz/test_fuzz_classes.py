@@ -178,9 +178,9 @@ def test_patterns_of_shards(pieces: list[str], root: str, folder: Path) -> None:
 # What was found by these tests, and mended.
 
 
-@pytest.mark.parametrize("pattern", ["[z-a].tar", "a**.tar"])
+@pytest.mark.parametrize("pattern", ["[z-a].tar", "a**.tar", "/**", "**/x.tar"])
 def test_patterns_that_are_none(pattern: str) -> None:
-    with pytest.raises(DataError, match=r"not a glob|no such shard") as caught:
+    with pytest.raises(DataError, match=r"not a glob|no such shard|every folder below") as caught:
         shards.find_shards(Data(), pattern, field_name="data.train")
     assert caught.value.where == "data.train"
 

@@ -177,7 +177,15 @@ def test_data_import_sweep(content: bytes, seed: int, folder: Path) -> None:  # 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["validate"], ["pareto", "x", "x"], ["status", "/"], ["replay", "demo", "--on", "/dev/null"], ["frobnicate"]],
+    [
+        ["validate"],
+        ["pareto", "x", "x"],
+        ["status", "/"],
+        ["replay", "demo", "--on", "/dev/null"],
+        ["frobnicate"],
+        ["evaluate", "n" * 5000],
+        ["evaluate", "n" * 5000, "--study", "demo"],
+    ],
 )
 def test_other_mistakes(arguments: list[str]) -> None:
     with pytest.raises(RaybdError):
