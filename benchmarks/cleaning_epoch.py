@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -67,11 +67,14 @@ class Bench:
     """A study's cleaning trial, and the same work for the other ways.
 
     Args:
+        folder: of the trial's run, empty.
         rounds: counted ones; one more warms up.
         workers: of each DataLoader of the published way.
     """
 
-    def __init__(self, study: Study, device: torch.device, *, rounds: int, workers: int, eda_each_epoch: bool) -> None:
+    def __init__(
+        self, study: Study, device: torch.device, *, folder: str, rounds: int, workers: int, eda_each_epoch: bool
+    ) -> None:
         self.study, self.device, self.rounds = study, device, rounds
         self.inputs = Inputs(study)
         self.settings = study.clean.settings({"epochs": rounds + 1})
@@ -79,7 +82,7 @@ class Bench:
             raise SystemExit("the other ways are CleanCLIP's: set clean.method=cleanclip, clean.loss_weights.ssl=1")
         self.clip = self._new()
         self.pairs = self.inputs.cleaning_pairs(self.settings, self.clip, seed=study.seed)
-        self.training = self._training()
+        self.training = self._training(Store(folder))
         self.task = self._task(self.training)
         pairs, tests = self._encoded(list(self.pairs.images.index.keys), study.data.train), self._tests()
         ready = self._ready()
@@ -92,9 +95,7 @@ class Bench:
     def _new(self) -> Clip:
         return create(self.study.model.name, seed=fork(self.study.seed, "weights"))
 
-    def _training(self) -> Training:
-        self._folder = tempfile.TemporaryDirectory()
-        store = Store(self._folder.name)
+    def _training(self, store: Store) -> Training:
         Ledger(store).start(Kind.TRIAL, "trial", {})
         context = LedgerContext(store=store, kind=Kind.TRIAL, id="trial", device=self.device, notify=self._after_epoch)
         recipe = registry.recipe(self.settings, seed=0)
@@ -233,25 +234,27 @@ def _given() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(say: Callable[[str], None] = print) -> None:
+def main() -> None:
     """Run the benchmark."""
     given = _given()
     torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))
     device = torch.device(given.device)
     study = load(given.study, overrides=[*given.set, *([f"data.root={given.root}"] if given.root else [])])
-    bench = Bench(study, device, rounds=given.rounds, workers=given.workers, eda_each_epoch=given.eda == "epoch")
-    bench.run()
+    how = {"rounds": given.rounds, "workers": given.workers, "eda_each_epoch": given.eda == "epoch"}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(study, device, folder=folder, **how)
+        bench.run()
     settings: CleanSettings = bench.settings
     found = bench.inputs.evaluation_set
     triggered = int(found.probes[0].triggered_N.sum())
-    say(
+    print(
         f"{study.model.name}: an epoch of {len(bench.pairs)} pairs in batches of {settings.batch_size}, then "
         f"{len(found.images.index)} clean and {triggered} triggered images, {len(found.prompts)} prompts; "
         f"medians of {given.rounds} rounds\n"
     )
-    say(table(bench.times))
+    print(table(bench.times))
     where = setting(device, threads=torch.get_num_threads())
-    say("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
     record = {"setting": where, "study": study.model_dump(mode="json"), "workers": given.workers, "eda": given.eda}
     record["seconds"] = {way: vars(times) for way, times in bench.times.items()}
     record["ratios"] = {to: {way: ratio(bench.times, way, to) for way in WAYS} for to in ("floor", "published way")}
