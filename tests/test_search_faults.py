@@ -95,8 +95,8 @@ def main(root: str) -> None:
     made = []
 
     class Kept(search.LedgerSearcher):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
             made.append(self)
 
     search.LedgerSearcher = Kept  # type: ignore[misc]

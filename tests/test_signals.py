@@ -97,6 +97,12 @@ def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> Non
 
 def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:
     """Writing to it is an error from then on."""
+
+    def in_the_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # Whoever runs these tests may have asked not to be ended so.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     master, slave = pty.openpty()
     code = COMMAND.format(down=0, grace=60, wait=WAIT) + "\n"
     process = subprocess.Popen(
@@ -105,7 +111,7 @@ def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=in_the_terminal,
     )
     os.close(slave)
     seen = b""
