@@ -144,8 +144,12 @@ def done_already(ledger: Ledger, task: Assignment) -> Entry | None:
         entry = ledger.entry(Kind.TRIAL, task.trial_id)
     except DataError:
         return None
-    waits = entry.waits and entry.pauses[-1]["epoch"] == task.until
-    return entry if entry.ended is not None or waits else None
+    return entry if entry.ended is not None or _waits_at_its_rung(entry, task) else None
+
+
+def _waits_at_its_rung(entry: Entry, task: Assignment) -> bool:
+    """Say whether a trial waits where its assignment ends: at an earlier rung it has only been told to go on."""
+    return entry.waits and bool(entry.pauses[-1]["epoch"] == task.until)
 
 
 def settle(store: Store, study: Study, task: Assignment, *, reason: tuple[Failure, str] | None = None) -> Entry:
@@ -155,7 +159,7 @@ def settle(store: Store, study: Study, task: Assignment, *, reason: tuple[Failur
         reason: why it failed, if not as its last attempt did.
     """
     entry = require_started(store, study, task)
-    if entry.ended is not None or entry.waits:
+    if entry.ended is not None or _waits_at_its_rung(entry, task):
         return entry
     return _end(store, task.trial_id, failed_record(entry, reason=reason))
 

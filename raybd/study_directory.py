@@ -178,7 +178,13 @@ class StudyDirectory:
             tables.write(self.store, "fronts", objective, kept)
         keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
         ended = {trial_id for trial_id, row in self._trial_rows.items() if row["state"] != State.RUNNING}
-        measured = {fronts.checkpoint_name(row["trial_id"], row["epoch"]) for row in epochs}
+        # The last planned epoch is on the front `final` only once its trial has ended: until then its weights stay.
+        last = {trial_id: row["epochs_planned"] for trial_id, row in self._trial_rows.items()}
+        measured = {
+            fronts.checkpoint_name(row["trial_id"], row["epoch"])
+            for row in epochs
+            if row["epoch"] != last.get(row["trial_id"])
+        }
         for name in self.store.names("weights"):
             # A trial that has gone on beyond a rung may have kept what no table has yet.
             if name not in keep and (name.split("/")[1] in ended or name in measured):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from optuna.trial import TrialState
 from pydantic import ValidationError
 from ray.tune.search import Searcher
 
-from raybd import curves, pareto, tables
+from raybd import curves, fronts, pareto, tables
 from raybd.assignment import Assignment, settle, stop
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.console import View
@@ -31,6 +33,7 @@ from raybd.replaying import ReplayRun
 from raybd.stopping import Decision, collapse, decide, next_rung, places, ranked
 from raybd.store import Store
 from raybd.study import Resources, Stopping, Study
+from raybd.study_directory import StudyDirectory
 
 Points = Mapping[str, Sequence[tuple[float, float]]]
 HALVES = Stopping(rungs=(1, 3), keep=0.5)
@@ -365,6 +368,51 @@ def test_rungs_that_no_curve_has_are_refused() -> None:
     gap = tuple(replace(curve, epochs={n: r for n, r in curve.epochs.items() if n != 2}) for curve in CURVES)
     with pytest.raises(StudyError, match="epoch 2 of mmcl-0000 is not recorded"):
         Recorded(gap, nearest=False).check(study)
+
+
+def test_who_was_told_to_go_on_and_died_before_it_started_has_failed(tmp_path: Path) -> None:
+    study = study_of()
+    search = Search(study, tmp_path)
+    search.run(most=24)  # all are at their first rung
+    entry = next(entry for entry in search.ledger.entries(Kind.TRIAL) if entry.waits)
+    started = entry.started
+    at_it = Assignment(entry.id, started["number"], started["objective"], started["pretrain_id"], started["params"], 1)
+    assert settle(search.store, study, at_it).waits
+    ended = settle(search.store, study, replace(at_it, until=3)).ended
+    assert ended is not None
+    assert ended["state"] == State.FAILED
+
+
+def test_the_last_epoch_of_a_trial_that_has_not_ended_keeps_its_weights(tmp_path: Path) -> None:
+    """Its process died between that epoch and the end; another trial's end comes before its own."""
+    directory = StudyDirectory(study_of(), Store(str(tmp_path)), View())
+    search = Search(directory.study, tmp_path)
+    search.run()
+    name = next(e.id for e in search.ledger.entries(Kind.TRIAL) if e.ended and e.ended["state"] == State.COMPLETE)
+    directory.store.delete(f"ledger/trials/{name}/ended.json")
+    kept = [fronts.checkpoint_name(name, epoch) for epoch in range(1, EPOCHS + 1)]
+    for weights in kept:
+        directory.store.put(weights, b"weights")
+    # Beaten by an epoch of its own, as a last epoch may be: on no front but `final`.
+    record = json.loads(directory.store.get(f"ledger/trials/{name}/epoch-{EPOCHS:04d}.json"))
+    record["counts"]["all"] |= {"correct_clean": 1, "hit_target": 999}
+    directory.store.put(f"ledger/trials/{name}/epoch-{EPOCHS:04d}.json", json.dumps(record).encode())
+    directory.load_tables()
+    directory._update_fronts()
+    on_front = {row["checkpoint"] for row in tables.read(directory.store, "fronts").to_pylist()}
+    assert kept[-1] not in on_front
+    left = set(directory.store.names("weights"))
+    assert kept[-1] in left
+    assert left - {kept[-1]} == set(kept) & on_front
+    # As it ends, it is on `final` if no other last epoch beats it; then its weights may go.
+    search.ledger.end(Kind.TRIAL, name, {"state": State.COMPLETE, "ended": entry_time()})
+    directory.load_tables()
+    directory._update_fronts()
+    assert kept[-1] not in directory.store.names("weights")
+
+
+def entry_time() -> str:
+    return datetime.now(UTC).isoformat()
 
 
 # --- on Ray
