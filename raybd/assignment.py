@@ -18,7 +18,9 @@ from raybd.space import Value
 from raybd.store import Store
 from raybd.study import Failure, Stopping, Study
 
-_FOLDERS = ("ledger", "tables", "state", "progress", "weights", "errors")  # of a run directory
+# Of a run directory: what raybd writes there.
+_FOLDERS = ("ledger", "tables", "state", "progress", "pretrained", "weights", "errors")
+_FILES = ("study.json", "skipped.json", "preview.png", "report.html", "driver.lock")
 
 Point = tuple[float, float]
 Notify = Callable[[int, dict[str, Any]], None]
@@ -116,7 +118,7 @@ def drop_state(store: Store, id: str) -> None:
 
 def remove_leftovers(store: Store) -> None:
     """Remove what processes that were killed left: half-written files, and states of runs that have ended."""
-    store.remove_temporaries(_FOLDERS)
+    store.remove_temporaries(_FOLDERS, files=_FILES)
     for name in (*store.names("state"), *store.names("progress")):
         id = name.partition("/")[2].rpartition(".")[0]
         if any(Ledger(store).has_ended(kind, id) for kind in Kind):

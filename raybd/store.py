@@ -157,18 +157,22 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.patiently("remove", name, lambda: self.fs.delete_file(self.path(name)), answers=(FileNotFoundError,))
 
-    def remove_temporaries(self, folders: tuple[str, ...]) -> None:
-        """Remove what writers that were killed left in these folders. A writer that still lives writes its file anew.
+    def remove_temporaries(self, folders: tuple[str, ...], *, files: tuple[str, ...]) -> None:
+        """Remove what writers that were killed left of these files, and in these folders.
 
-        Other folders are not looked into: a run directory may lie among files that are none of ours.
+        A writer that still lives writes its file anew. Nothing else is looked at: a run directory may lie among files
+        that are none of ours.
         """
         if not self.local:
             return
+        _, _, beside = next(os.walk(self.root), ("", [], []))
+        left = [f"{self.root}/{name}" for name in beside if name.startswith(tuple(f".{file}." for file in files))]
         for top in folders:
-            for folder, _, files in os.walk(self.path(top)):
-                for name in filter(_TEMPORARY.fullmatch, files):
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(folder, name))
+            left += [f"{folder}/{name}" for folder, _, found in os.walk(self.path(top)) for name in found]
+        for path in left:
+            if _TEMPORARY.fullmatch(os.path.basename(path)):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def _upload(self, name: str, content: bytes) -> None:
         # One write of ready bytes: an exception inside the stream would commit a truncated object.

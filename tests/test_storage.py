@@ -22,6 +22,7 @@ import pytest
 from pyarrow import fs
 
 from raybd import lock, signals
+from raybd.assignment import remove_leftovers
 from raybd.errors import LockedError, StorageError
 from raybd.lock import only_driver
 from raybd.store import Store
@@ -132,10 +133,23 @@ def test_half_written_files_of_killed_writers_are_removed(tmp_path: Path) -> Non
     store = Store(str(tmp_path))
     store.put("a/x", b"1")
     store.put("foreign/x", b"1")
-    for name in ("a/.x.0123abcd", "foreign/.x.0123abcd", "a/.keep", "a/.x.0123abc"):
+    for name in ("a/.x.0123abcd", ".y.0123abcd", ".z.0123abcd", "foreign/.x.0123abcd", "a/.keep", "a/.x.0123abc"):
         Path(store.path(name)).write_bytes(b"half")
-    store.remove_temporaries(("a", "absent"))
-    assert files(store) == ["a/.keep", "a/.x.0123abc", "a/x", "foreign/.x.0123abcd", "foreign/x"]
+    store.remove_temporaries(("a", "absent"), files=("y",))
+    assert files(store) == [".z.0123abcd", "a/.keep", "a/.x.0123abc", "a/x", "foreign/.x.0123abcd", "foreign/x"]
+
+
+def test_every_place_that_a_run_writes_to_is_cleared(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    places = ["driver.lock", "preview.png", "report.html", "skipped.json", "study.json"]
+    places += ["errors/t.txt", "ledger/trials/t/started-001.json", "pretrained/p.safetensors", "progress/t.json"]
+    places += ["state/t.safetensors", "tables/epochs/t.parquet", "weights/t/epoch-0001.safetensors"]
+    for name in places:
+        store.put(name, b"whole")
+        path = Path(store.path(name))
+        path.with_name(f".{path.name}.0123abcd").write_bytes(b"half")
+    remove_leftovers(store)
+    assert files(store) == sorted(places)
 
 
 # --- one driver
