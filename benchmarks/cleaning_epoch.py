@@ -12,14 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from reference_cleaning import Encoded, Floor, Found, Published, Ready, Task, encoded, numbers
+from setting import setting
 
 from raybd.clean import registry
 from raybd.data import shards
@@ -210,16 +207,6 @@ def table(times: Mapping[str, Times]) -> str:
     return "\n".join(lines)
 
 
-def setting(device: torch.device, *, threads: int) -> dict[str, Any]:
-    """Return when, where and with what this runs."""
-    versions = {name: metadata.version(name) for name in ("raybd", "torch", "torchvision", "open_clip_torch", "pillow")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU used"
-    where = f"{cores} cores, {platform.machine()}, {platform.system()}, {name}"
-    found = {**versions, "python": sys.version.split()[0], "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-    return {**found, "device": where, "threads": threads}
-
-
 def _given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--study", default="cifar10")
@@ -253,7 +240,9 @@ def main() -> None:
         f"medians of {given.rounds} rounds\n"
     )
     print(table(bench.times))
-    where = setting(device, threads=torch.get_num_threads())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU used"
+    where: dict[str, Any] = setting("torch", "torchvision", "open_clip_torch", "pillow", device=name)
+    where["threads"] = torch.get_num_threads()
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
     record = {"setting": where, "study": study.model_dump(mode="json"), "workers": given.workers, "eda": given.eda}
     record["seconds"] = {way: vars(times) for way, times in bench.times.items()}

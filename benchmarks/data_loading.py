@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from cleaning_epoch import setting
 from PIL import Image
+from setting import setting
 from torchvision.transforms import v2
 
 from raybd.data import cache, shards
@@ -127,7 +127,7 @@ def main() -> None:
     shape = f"{len(raw)} images of {sum(os.path.getsize(url) for url in urls) / 1e6:.1f} MB to {given.size} pixels"
     print(f"{shape}, batches of {_BATCH}; medians of {given.rounds} rounds\n")
     print(table(rates))
-    where = setting(torch.device("cpu"), threads=1)
+    where = setting("torch", "torchvision", "pillow", "webdataset")
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
     record: dict[str, Any] = {"setting": where, "size": given.size, "images": len(raw), "images_a_second": rates}
     given.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 import tarfile
@@ -23,9 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +35,11 @@ from open_clip_train.params import parse_args
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 from PIL import Image, ImageFilter
+from setting import setting
 
 from raybd.data import cache
 from raybd.data.cache import Images
-from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare, StreamedPairs
+from raybd.data.pairs import CPU, Batch, CachedPairs, Pairs, Prepare, StreamedPairs
 from raybd.data.shards import find_shards
 from raybd.evaluate import make_set
 from raybd.model import Clip, create, training_flops
@@ -97,8 +95,10 @@ class Ready:
         """Return itself: there are no views."""
         return self
 
-    def epoch(self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield the batches."""
+    def epoch(
+        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    ) -> Iterator[Batch]:
+        """Yield the batches, which are where they are to be."""
         yield from self.batches
 
 
@@ -200,16 +200,11 @@ def sources(given: argparse.Namespace, clip: Clip, root: str) -> tuple[dict[str,
     prepare = Prepare(PLAN, clip.tokenizer, None, 9)
     cached = CachedPairs(images, prepare)
     streamed = StreamedPairs(images.index, prepare, size=clip.image_size, workers=given.workers, shuffle_buffer=2048)
-    ready = Ready([replace_device(b, given.device) for b in cached.epoch(0, batch_size=given.batch)], len(images.index))
+    ready = Ready(list(cached.epoch(0, batch_size=given.batch, device=given.device)), len(images.index))
     found = {"cached": cached, "streamed": streamed, "ready": ready}
     tests = find_shards(data, data.test, field_name="data.test")
     tested = cache.load_images(tests, size=clip.image_size, cache_dir=data.cache_dir, labelled=True)
     return {kind: found[kind] for kind in given.source}, tested.take(np.arange(40)), shards, decoding
-
-
-def replace_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device."""
-    return Batch(batch.images_BCHW.to(device), batch.tokens_BL.to(device), None, None, 0, keys=batch.keys)
 
 
 def compare(given: argparse.Namespace, model: str, root: str) -> list[dict[str, Any]]:
@@ -270,16 +265,6 @@ def table(rows: Sequence[dict[str, Any]], peak: float) -> str:
     return "\n".join(lines)
 
 
-def setting(device: torch.device) -> dict[str, str]:
-    """Return when, where and with what this runs."""
-    versions = {name: metadata.version(name) for name in ("raybd", "torch", "open_clip_torch", "webdataset")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    what = f"{cores} cores, {torch.get_num_threads()} threads, {platform.machine()}, no GPU used"
-    if device.type == "cuda":
-        what = torch.cuda.get_device_name(device)
-    return {**versions, "python": sys.version.split()[0], "date": f"{datetime.now(UTC):%Y-%m-%d}", "device": what}
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -304,7 +289,9 @@ def main() -> None:
                 write_shards(Path(root), count=given.samples, size=size)
             rows += compare(given, model, root)
         peak = ceiling(given.device)
-    where = setting(given.device)
+    threads = f"{torch.get_num_threads()} threads, no GPU used"
+    name = torch.cuda.get_device_name(given.device) if given.device.type == "cuda" else threads
+    where = setting("torch", "open_clip_torch", "webdataset", device=name)
     print(table(rows, peak))
     print(f"\nceiling: {peak / 1e12:.3g} Tflop/s, the best of ten large matrix products")
     print(", ".join(f"{name} {value}" for name, value in where.items()))

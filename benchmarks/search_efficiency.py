@@ -13,18 +13,14 @@ import contextlib
 import io
 import itertools
 import json
-import os
-import platform
 import random
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from setting import setting
 
 from raybd import curves, pareto
 from raybd.assignment import Assignment, point, settle, stop
@@ -253,14 +249,6 @@ def halving_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def setting() -> dict[str, str]:
-    """Return when, where and with what this runs."""
-    versions = {name: metadata.version(name) for name in ("raybd", "ray", "optuna", "numpy")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = f"{cores} cores, {platform.machine()}, {platform.system()}, no GPU used"
-    return {**versions, "python": sys.version.split()[0], "date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device}
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -275,7 +263,7 @@ def main() -> None:
     print(table(rows))
     print(f"\nSuccessive halving: rungs after epochs {', '.join(map(str, RUNGS))}, {KEEP:.0%} go on; percent\n")
     print(halving_table(rows))
-    where = setting()
+    where = setting("ray", "optuna", "numpy")
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
     record = {"setting": where, "seeds": given.seeds, "at": SHARES, "population": POPULATION, "startup": STARTUP}
     record |= {"rungs": RUNGS, "keep": KEEP}

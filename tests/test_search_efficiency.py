@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -11,17 +11,12 @@ import pytest
 from raybd import pareto
 from raybd.curves import Curve, epoch_record
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "search_efficiency.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("search_efficiency", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        return importlib.import_module("search_efficiency")
 
 
 def sweep() -> list[Curve]:
