@@ -15,6 +15,7 @@ from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.metrics import Counts
 from raybd.seeding import fork
 from raybd.space import Value
+from raybd.stopping import Point
 from raybd.store import Store
 from raybd.study import Failure, Stopping, Study
 
@@ -22,7 +23,6 @@ from raybd.study import Failure, Stopping, Study
 _FOLDERS = ("ledger", "tables", "state", "progress", "pretrained", "weights", "errors")
 _FILES = ("study.json", "skipped.json", "preview.png", "report.html", "driver.lock")
 
-Point = tuple[float, float]
 Notify = Callable[[int, dict[str, Any]], None]
 
 
@@ -87,14 +87,14 @@ class Stops:
         points: of the epochs so far; whoever adds to them keeps them up to date.
     """
 
-    def __init__(self, stopping: Stopping, until: int | None, points: Mapping[int, Point]) -> None:
-        self._stopping, self._until, self._points = stopping, until, points
+    def __init__(self, rules: Stopping, until: int | None, points: Mapping[int, Point]) -> None:
+        self._rules, self._until, self._points = rules, until, points
         self._reason: str | None = None
         self._waits = False
 
     def __call__(self, epoch: int) -> bool:
         """Say whether the trial ends after an epoch."""
-        self._reason = stopping.collapse(self._stopping, epoch, self._points)
+        self._reason = stopping.collapse(self._rules, epoch, self._points)
         self._waits = self._reason is None and epoch == self._until
         return self._waits or self._reason is not None
 

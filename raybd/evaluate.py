@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from raybd import pulse
 from raybd.data.ahead import delivered
 from raybd.data.cache import Images
+from raybd.data.pairs import bounds
 from raybd.data.prompts import templates
 from raybd.data.tokens import remembering
 from raybd.errors import DataError
@@ -222,18 +223,13 @@ def class_embeddings(
     tokens_PL = _prompt_tokens(clip.name, found.prompts)
     if 1 < world_size <= found.num_classes:
         tokens_CTL = tokens_PL.view(found.num_classes, -1, tokens_PL.shape[-1])
-        own_CTL = tokens_CTL[_share(found.num_classes, rank, world_size)]
+        own_CTL = tokens_CTL[slice(*bounds(found.num_classes, world_size)[rank])]
         classes_CD = gather(_embedded(clip, own_CTL.flatten(0, 1), len(own_CTL), device))
     else:
         classes_CD = _embedded(clip, tokens_PL, found.num_classes, device)
     if frozen:
         _kept[clip.net] = _Kept(found.prompts, arithmetic, [p.detach().clone() for p in of_texts], classes_CD)
     return classes_CD
-
-
-def _share(total: int, rank: int, world_size: int) -> slice:
-    """Return a rank's part of range(total); the parts differ by one at most."""
-    return slice(total * rank // world_size, total * (rank + 1) // world_size)
 
 
 def _embedded(clip: Clip, tokens_PL: Tensor, num_classes: int, device: torch.device) -> Tensor:
@@ -275,7 +271,7 @@ def measure(
         gather: joins rows of all ranks, which then share the prompts too; without it each encodes them all.
     """
     parts = [np.arange(len(found.images.index)), *(np.flatnonzero(probe.triggered_N) for probe in found.probes)]
-    parts = [rows[_share(len(rows), rank, world_size)] for rows in parts]
+    parts = [rows[slice(*bounds(len(rows), world_size)[rank])] for rows in parts]
     mine = [
         (number, rows[start : start + found.batch_size])
         for number, rows in enumerate(parts)

@@ -92,9 +92,10 @@ class Ledger:
         """Record that an attempt failed; whether the entry ends with it is another matter."""
         self._append(kind, id, "failed-", record)
 
-    def pause(self, kind: Kind, id: str, record: Record) -> None:
-        """Record that an attempt, `attempt` in the record, ended at a rung."""
+    def pause(self, kind: Kind, id: str, record: Record) -> Entry:
+        """Record that an attempt, `attempt` in the record, ended at a rung; return the entry."""
         self._append(kind, id, "paused-", record)
+        return self.entry(kind, id)
 
     def end(self, kind: Kind, id: str, record: Record) -> Entry:
         """Record an end, and return the entry; one that has ended stays as it is.

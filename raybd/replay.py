@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from raybd import space as search_space
 from raybd import tables
-from raybd.assignment import Assignment, Notify, Point, Stops, done_already, point, start_record
+from raybd.assignment import Assignment, Notify, Stops, done_already, point, start_record
 from raybd.curves import Curve
 from raybd.errors import StudyError
 from raybd.ledger import Entry, Kind, Ledger
 from raybd.seeding import fork
 from raybd.space import Range, Value
+from raybd.stopping import Point
 from raybd.store import Store
 from raybd.study import Sampler, Study
 
@@ -207,8 +208,7 @@ class ReplayTrial:
         ended, place = stops.outcome(), {"node": None, "device": "recorded", "weight_decay_in_force": None}
         if ended is None:
             pause = {"attempt": attempt, "epoch": task.until, "device_seconds": 0.0, **place}
-            ledger.pause(Kind.TRIAL, task.trial_id, pause)
-            return ledger.entry(Kind.TRIAL, task.trial_id)
+            return ledger.pause(Kind.TRIAL, task.trial_id, pause)
         return ledger.end(Kind.TRIAL, task.trial_id, {**ended, **place, "ended": datetime.now(UTC).isoformat()})
 
 

@@ -177,16 +177,17 @@ class StudyDirectory:
             kept = rows if self.keeps_weights else [{**row, "checkpoint": None} for row in rows]
             tables.write(self.store, "fronts", objective, kept)
         keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
-        ended = {trial_id for trial_id, row in self._trial_rows.items() if row["state"] != State.RUNNING}
-        # The last planned epoch is on the front `final` only once its trial has ended: until then its weights stay.
-        last = {trial_id: row["epochs_planned"] for trial_id, row in self._trial_rows.items()}
+        # A trial that has not ended may have kept what no table has yet, and its last planned epoch is on the front
+        # `final` only once it has ended: of the others the tables say that they are on none.
+        going = {trial_id: row for trial_id, row in self._trial_rows.items() if row["state"] == State.RUNNING}
         measured = {
-            fronts.checkpoint_name(row["trial_id"], row["epoch"])
-            for row in epochs
-            if row["epoch"] != last.get(row["trial_id"])
+            fronts.checkpoint_name(trial_id, epoch["epoch"])
+            for trial_id, row in going.items()
+            for epoch in self._epoch_rows[trial_id]
+            if epoch["epoch"] != row["epochs_planned"]
         }
+        ended = self._trial_rows.keys() - going.keys()
         for name in self.store.names("weights"):
-            # A trial that has gone on beyond a rung may have kept what no table has yet.
             if name not in keep and (name.split("/")[1] in ended or name in measured):
                 self.store.delete(name)
 

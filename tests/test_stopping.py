@@ -405,14 +405,10 @@ def test_the_last_epoch_of_a_trial_that_has_not_ended_keeps_its_weights(tmp_path
     assert kept[-1] in left
     assert left - {kept[-1]} == set(kept) & on_front
     # As it ends, it is on `final` if no other last epoch beats it; then its weights may go.
-    search.ledger.end(Kind.TRIAL, name, {"state": State.COMPLETE, "ended": entry_time()})
+    search.ledger.end(Kind.TRIAL, name, {"state": State.COMPLETE, "ended": datetime.now(UTC).isoformat()})
     directory.load_tables()
     directory._update_fronts()
     assert kept[-1] not in directory.store.names("weights")
-
-
-def entry_time() -> str:
-    return datetime.now(UTC).isoformat()
 
 
 # --- on Ray

@@ -18,10 +18,11 @@ from ray.tune.search import Searcher
 
 from raybd import pareto, stopping
 from raybd import space as search_space
-from raybd.assignment import Assignment, Point, point
+from raybd.assignment import Assignment, point
 from raybd.ledger import Entry, State, reading
 from raybd.seeding import fork
 from raybd.space import Range, Value
+from raybd.stopping import Point
 from raybd.study import Sampler, Search, Study, Tell, searchable
 
 DIRECTIONS = ("maximize", "minimize")  # zero-shot accuracy, attack success rate
@@ -291,8 +292,7 @@ class LedgerSearcher(Searcher):
         for objective in self._objectives.values():
             task = objective.promotion([task for task in running if task.objective == objective.name], self._stop)
             if task is not None:
-                self._assigned[trial_id] = (objective, task, None)
-                return dict(vars(task))
+                return self._assign(trial_id, objective, task)
         # Who is on the way to a rung may go on beyond it.
         return None if any(task.until is not None for task in running) else Searcher.FINISHED
 
@@ -301,9 +301,7 @@ class LedgerSearcher(Searcher):
         objective, number = self._objectives[entry.started["objective"]], entry.started["number"]
         if not entry.pauses:
             return self._suggest(trial_id, objective, number, entry.started["params"])
-        task = objective.known[entry.id].task
-        self._assigned[trial_id] = (objective, task, None)
-        return dict(vars(task))
+        return self._assign(trial_id, objective, objective.known[entry.id].task)
 
     def _suggest(
         self, trial_id: str, objective: _Objective, number: int, fixed: Mapping[str, Value] | None
@@ -318,6 +316,12 @@ class LedgerSearcher(Searcher):
             params=dict(trial.params),
             until=objective.until(trial.params),
         )
+        return self._assign(trial_id, objective, task, trial)
+
+    def _assign(
+        self, trial_id: str, objective: _Objective, task: Assignment, trial: optuna.Trial | None = None
+    ) -> dict[str, Any]:
+        """Take note of what is under way; of a trial that Optuna has been told of already there is no `trial`."""
         self._assigned[trial_id] = (objective, task, trial)
         return dict(vars(task))
 

@@ -106,11 +106,9 @@ class LedgerContext:
         return entry
 
     def pause(self, record: dict[str, Any]) -> Entry:
-        """Record that the run ends here for now, with its state kept; return its entry. Errors: SupersededError."""
+        """Record that this attempt ends at a rung, its state kept; return its entry. Errors: SupersededError."""
         self.require_last()
-        ledger = Ledger(self.store)
-        ledger.pause(self.kind, self.id, {"attempt": self.attempt, **record})
-        return ledger.entry(self.kind, self.id)
+        return Ledger(self.store).pause(self.kind, self.id, {"attempt": self.attempt, **record})
 
     def require_last(self) -> None:
         """Raise SupersededError where this attempt counts no more: nothing of it may be recorded then."""
