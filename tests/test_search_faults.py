@@ -10,6 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from raybd.assignment import Assignment, Notify, start_record
+from raybd.assignment import Assignment, Notify, done_already, start_record
 from raybd.errors import RaybdError, StorageError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.store import Store
@@ -65,6 +68,30 @@ def various(study: Study, store: Store, task: Assignment, notify: Notify) -> Ent
     return ended(store, task)
 
 
+class Lingering:
+    """What a thread takes long to let go of when it ends: Ray waits two seconds for it, then drops the next trial."""
+
+    kept = threading.local()
+
+    def __del__(self) -> None:
+        time.sleep(5)
+
+
+def lingers(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
+    """Wait at the rung, or end; two of them leave behind a process that cannot be used again at once."""
+    if (done := done_already(Ledger(store), task)) is not None:
+        return done
+    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
+    if task.number in {0, 5}:
+        Lingering.kept.it = Lingering()
+    if task.until is None:
+        epochs(store, task, 2, notify=notify)
+        return ended(store, task)
+    epochs(store, task, 0, task.until, notify=notify)
+    place = {"weight_decay_in_force": None, "node": "here", "device": "cpu", "device_seconds": 1.0}
+    return Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, **place})
+
+
 def ended(store: Store, task: Assignment) -> Entry:
     end = {"state": State.COMPLETE, "ended": datetime.now(UTC).isoformat()}
     return Ledger(store).end(Kind.TRIAL, task.trial_id, end)
@@ -92,33 +119,44 @@ def main(root: str) -> None:
     from raybd.cluster import search
     from raybd.cluster.session import session
 
-    made = []
+    made, dropped = [], []
 
     class Kept(search.LedgerSearcher):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             made.append(self)
 
+        def dropped(self, trial_id: str) -> None:
+            before = len(self._dropped)
+            super().dropped(trial_id)
+            dropped.extend([trial_id] * (len(self._dropped) - before))
+
     search.LedgerSearcher = Kept  # type: ignore[misc]
     found = {}
     with session(study_of(1).resources) as share:
-        for name, study, carry_out in (
-            ("various", study_of(7), various),
-            ("hopeless", study_of(12), hopeless),
-            ("hopeless, and nevertheless", study_of(12, max_failed=1), hopeless),
-            ("on_a_bad_disk", study_of(6), on_a_bad_disk),
+        rungs = study_of(6, stopping={"rungs": [1], "keep": 0.5})
+        for name, study, at_once, carry_out in (
+            ("various", study_of(7), 2, various),
+            ("hopeless", study_of(12), 2, hopeless),
+            ("hopeless, and nevertheless", study_of(12, max_failed=1), 2, hopeless),
+            ("on_a_bad_disk", study_of(6), 2, on_a_bad_disk),
+            ("lingers", rungs, 2, lingers),
+            ("lingers alone", rungs, 1, lingers),
         ):
             made.clear()
+            dropped.clear()
             told, error = [], None
             try:
                 store = Store(f"{root}/{name.partition(',')[0]}")
                 ends = partial(note_end, told)
-                search.run_search(study, IDS, store, share, carry_out, on_epoch=lambda *_: None, on_end=ends)
+                of_it = replace(share, concurrent_trials=at_once)
+                search.run_search(study, IDS, store, of_it, carry_out, on_epoch=lambda *_: None, on_end=ends)
             except RaybdError as raised:
                 error = [type(raised).__name__, str(raised)]
             trials = [trial for own in made for trial in own._objectives["mmcl"].optuna.get_trials()]
             states = {f"{trial.params['lr']:.6g}": trial.state.name for trial in trials}
-            found[name] = {"error": error, "told": told, "optuna": sorted(states.values())}
+            found[name] = {"error": error, "told": told, "optuna": sorted(states.values()), "dropped": len(dropped)}
+            found[name]["searches"] = len(made)
     print(json.dumps(found))  # noqa: T201
 
 
@@ -194,3 +232,16 @@ def test_a_bad_disk_ends_the_search_and_fails_no_trial(root: Path, found: dict[s
     known = {entry.started["number"]: entry for entry in entries(root, "on_a_bad_disk")}
     assert (known[1].ended, known[1].failures, sorted(known[1].epochs)) == (None, (), [0])
     assert all(entry.ended is None or entry.ended["state"] == "complete" for entry in known.values())
+
+
+@pytest.mark.parametrize("name", ["lingers", "lingers alone"])
+def test_a_trial_that_ray_drops_is_run_by_another_process(root: Path, found: dict[str, Any], name: str) -> None:
+    """A process that cannot be used again takes its next trial with it, and Ray tells nobody."""
+    assert found[name]["error"] is None
+    assert found[name]["dropped"] >= 1, "no trial was dropped: this tests nothing"
+    known = {entry.id: entry for entry in entries(root, name)}
+    assert [entry.ended["state"] if entry.ended else None for entry in known.values()].count("complete") == 3
+    assert [entry.ended["state"] if entry.ended else None for entry in known.values()].count("stopped") == 3
+    assert not any(entry.failures for entry in known.values())
+    assert found[name]["optuna"] == ["COMPLETE"] * 6
+    assert sorted(found[name]["told"]) == sorted([*known, *known])  # at its rung, and at its end

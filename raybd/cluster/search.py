@@ -10,6 +10,7 @@ from typing import Any
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.stopper import Stopper
 
 from raybd.assignment import Assignment, CarryOut, point, settle
@@ -55,11 +56,24 @@ class _Watch(TrialProgressCallback):
     Ray pickles callbacks with its snapshots: the listeners stay behind.
     """
 
-    def __init__(self, faults: Faults, on_epoch: Callable[[str, int, float, float], None]) -> None:
-        self._faults, self._on_epoch = faults, on_epoch
+    def __init__(
+        self, faults: Faults, on_epoch: Callable[[str, int, float, float], None], on_drop: Callable[[str], None]
+    ) -> None:
+        self._faults, self._on_epoch, self._on_drop = faults, on_epoch, on_drop
+        self._open: list[Any] = []
+        self._seen = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Look for trials that Tune has dropped: where an actor cannot be used again it tells nobody of its trial."""
+        self._open += trials[self._seen :]
+        self._seen = len(trials)
+        for trial in [trial for trial in self._open if trial.is_finished()]:
+            self._open.remove(trial)
+            # Of one that came to an end the search has been told: this is nothing to it.
+            self._on_drop(trial.trial_id)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._faults.started(Assignment(**trial.config), trial.temporary_state.ray_actor)
@@ -151,8 +165,8 @@ def run_search(
         faults = search_on()
         if faults is None:
             return
-        # Ray may end with trials left: its out-of-memory killer stops Tune, an actor that cannot be used again is
-        # dropped with its trial. The ledger knows what is left.
+        # Ray may end with trials left: its out-of-memory killer stops Tune, and the last trial may be dropped. The
+        # ledger knows what is left.
         idle = 0 if faults.events else idle + 1
     raise ClusterError("trials do not start", where="search", fix="look at Ray's logs, /tmp/ray/session_latest/logs")
 
@@ -165,15 +179,21 @@ def _tune(
     on_epoch: Callable[[str, int, float, float], None],
 ) -> None:
     """Let Tune run what a searcher suggests, until it is done or an error ends it."""
+    # Tune makes one itself where it is given a number, but it is to be told of trials that Tune forgets.
+    limited = ConcurrencyLimiter(searcher, max_concurrent=share.concurrent_trials)
+
+    def on_drop(trial_id: str) -> None:
+        searcher.dropped(trial_id)
+        limited.on_trial_complete(trial_id, error=True)
+
     needs = {"cpu": share.cpus_per_trial, **({"gpu": share.gpus_per_trial} if share.gpus_per_trial else {})}
     tuner = tune.Tuner(
         tune.with_resources(function, needs),
         # Metric and mode stay out of TuneConfig: there they would silently make the search single-objective.
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=limited,
             scheduler=_Retries(faults),
             num_samples=-1,  # until the searcher says that it has no more
-            max_concurrent_trials=share.concurrent_trials,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
         ),
@@ -183,7 +203,7 @@ def _tune(
             verbose=0,
             stop=_StopOnError(faults),
             failure_config=tune.FailureConfig(max_failures=-1),
-            callbacks=[_Watch(faults, on_epoch)],
+            callbacks=[_Watch(faults, on_epoch, on_drop)],
         ),
     )
     try:

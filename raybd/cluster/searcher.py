@@ -215,6 +215,9 @@ class _Objective:
                 self.known[name].waits = False
 
 
+_UnderWay = tuple[_Objective, Assignment, optuna.Trial | None]
+
+
 class LedgerSearcher(Searcher):
     """Suggests assignments and learns from the ledger what became of them.
 
@@ -243,7 +246,8 @@ class LedgerSearcher(Searcher):
         self._study, self._pretrain_ids, self._settle, self._stop = study, dict(pretrain_ids), settle, stop
         self._objectives = {name: _Objective(study, name) for name in pretrain_ids}
         self._unfinished: list[Entry] = []
-        self._assigned: dict[str, tuple[_Objective, Assignment, optuna.Trial | None]] = {}
+        self._assigned: dict[str, _UnderWay] = {}
+        self._dropped: list[_UnderWay] = []
         with reading("ledger/trials"):
             entries = sorted(entries, key=lambda e: (e.started["objective"], e.started["number"]))
         for entry in entries:
@@ -280,6 +284,8 @@ class LedgerSearcher(Searcher):
 
         New ones are for the objective that has had the fewest. None where what runs must arrive before it is known.
         """
+        if self._dropped:
+            return self._assign(trial_id, *self._dropped.pop(0))
         if self._unfinished:
             entry = self._unfinished.pop(0)
             return self._suggest_again(trial_id, entry)
@@ -341,12 +347,18 @@ class LedgerSearcher(Searcher):
         else:
             objective.optuna.tell(trial, list(values))
 
+    def dropped(self, trial_id: str) -> None:
+        """Take back an assignment that never began: it is suggested again, before any other."""
+        if trial_id in self._assigned:
+            self._dropped.append(self._assigned.pop(trial_id))
+
     def close(self) -> None:
         """Tell Optuna that what was under way when a search was broken off came to nothing."""
-        for objective, _, trial in self._assigned.values():
+        for objective, _, trial in (*self._assigned.values(), *self._dropped):
             if trial is not None:
                 objective.optuna.tell(trial, state=TrialState.FAIL)
         self._assigned.clear()
+        self._dropped.clear()
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the ledger is what a search goes on from."""
