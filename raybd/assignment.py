@@ -62,6 +62,7 @@ def start_record(study: Study, task: Assignment) -> dict[str, Any]:
         "params": dict(task.params),
         "settings": settings.model_dump(mode="json"),
         "seed": fork(study.seed, "trial", task.objective, task.number),
+        "until": task.until,
         "started": datetime.now(UTC).isoformat(),
     }
 
@@ -193,4 +194,6 @@ def failed_record(entry: Entry, *, reason: tuple[Failure, str] | None = None) ->
         reason = (Failure(entry.failures[-1]["kind"]), entry.failures[-1]["message"])
     kind, message = reason or (Failure.DIED, "it did not come to an end, and nobody knows why")
     ended = datetime.now(UTC).isoformat()
-    return {"state": State.FAILED, "error_type": kind, "error_message": message, "ended": ended}
+    # Of an attempt that died nobody knows the cost; that of the rungs before is known.
+    known = {"device_seconds": seconds_before(entry)} if entry.pauses else {}
+    return {"state": State.FAILED, "error_type": kind, "error_message": message, "ended": ended, **known}

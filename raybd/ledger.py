@@ -44,7 +44,9 @@ class Entry:
         epochs: the record of each finished epoch, by number.
         ended: the record of its end, None while it runs or after its process died.
         failures: the records of attempts that failed, the first one first.
-        pauses: the records of attempts that ended at a rung, where the trial waits to be compared with others.
+        pauses: the records of attempts that ended at a rung, where the trial waits to be compared with others, the
+            lowest rung first.
+        until: the rung that its last attempt was to end at, None if none or where it has ended.
     """
 
     id: str
@@ -54,11 +56,15 @@ class Entry:
     ended: Record | None
     failures: tuple[Record, ...] = ()
     pauses: tuple[Record, ...] = ()
+    until: int | None = None
 
     @property
     def waits(self) -> bool:
-        """Whether it waits at a rung: its last attempt ended there, and nobody has decided yet whether it goes on."""
-        return self.ended is None and bool(self.pauses) and self.pauses[-1]["attempt"] == self.attempts
+        """Whether it waits at a rung: it got there, and no attempt was started that is to go beyond.
+
+        Which attempt got there says nothing: one that was thought dead may do so after the next one has started.
+        """
+        return self.ended is None and bool(self.pauses) and bool(self.pauses[-1]["epoch"] == self.until)
 
 
 class Ledger:
@@ -68,7 +74,10 @@ class Ledger:
         self._store = store
 
     def start(self, kind: Kind, id: str, record: Record) -> int:
-        """Record a start; return the number of the attempt, from 1. Earlier attempts that still run count no more."""
+        """Record a start, `until` which rung in the record; return the number of the attempt, from 1.
+
+        Earlier attempts that still run count no more.
+        """
         return self._append(kind, id, "started-", record)
 
     def require_last(self, kind: Kind, id: str, attempt: int) -> None:
@@ -93,7 +102,7 @@ class Ledger:
         self._append(kind, id, "failed-", record)
 
     def pause(self, kind: Kind, id: str, record: Record) -> Entry:
-        """Record that an attempt, `attempt` in the record, ended at a rung; return the entry."""
+        """Record that an attempt ended at a rung, `epoch` in the record; return the entry."""
         self._append(kind, id, "paused-", record)
         return self.entry(kind, id)
 
@@ -142,16 +151,19 @@ class Ledger:
         if "ended.json" in last:
             found = self._get(last["ended.json"])
             epochs = {int(number): record for number, record in found["epochs"].items()}
-            several = (tuple(found.get(name, ())) for name in ("failures", "pauses"))
-            return Entry(id, found["started"], found["attempts"], epochs, found["ended"], *several)
-        starts = [name for name in last if name.startswith("started-")]
+            failures, pauses = (tuple(found.get(name, ())) for name in ("failures", "pauses"))
+            return Entry(id, found["started"], found["attempts"], epochs, found["ended"], failures, pauses)
+        starts = sorted(name for name in last if name.startswith("started-"))
         epochs = {_number(name): self._get(path) for name, path in last.items() if name.startswith("epoch-")}
-        started = self._get(last[min(starts)]) if starts else {}
-        several = (
+        started = self._get(last[starts[0]]) if starts else {}
+        failures, pauses = (
             tuple(self._get(path) for name, path in sorted(last.items()) if name.startswith(prefix))
             for prefix in ("failed-", "paused-")
         )
-        return Entry(id, started, len(starts), epochs, None, *several)
+        # Nothing but a trial at a rung asks how far the last attempt was to go.
+        until = self._get(last[starts[-1]]).get("until") if starts and pauses else None
+        pauses = tuple(sorted(pauses, key=lambda pause: int(pause["epoch"])))
+        return Entry(id, started, len(starts), epochs, None, failures, pauses, until)
 
     def _append(self, kind: Kind, id: str, prefix: str, record: Record) -> int:
         """Record something under the next number, from 1; return the number."""

@@ -195,7 +195,7 @@ class ReplayTrial:
         if (done := done_already(ledger, task)) is not None:
             return done
         record, epochs = recorded_trial(self, study, task)
-        attempt = ledger.start(Kind.TRIAL, task.trial_id, record)
+        ledger.start(Kind.TRIAL, task.trial_id, record)
         known, points = ledger.epochs(Kind.TRIAL, task.trial_id), dict[int, Point]()
         stops = Stops(study.search.stopping, task.until, points)
         for number, found in epochs.items():
@@ -207,8 +207,7 @@ class ReplayTrial:
                 break
         ended, place = stops.outcome(), {"node": None, "device": "recorded", "weight_decay_in_force": None}
         if ended is None:
-            pause = {"attempt": attempt, "epoch": task.until, "device_seconds": 0.0, **place}
-            return ledger.pause(Kind.TRIAL, task.trial_id, pause)
+            return ledger.pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, "device_seconds": 0.0, **place})
         return ledger.end(Kind.TRIAL, task.trial_id, {**ended, **place, "ended": datetime.now(UTC).isoformat()})
 
 

@@ -267,6 +267,28 @@ def test_ledger_of_a_trial_from_start_to_end(store: Store) -> None:
         book.require_last(Kind.TRIAL, "t1", 2)
 
 
+def test_an_attempt_thought_dead_that_gets_to_a_rung_late_decides_nothing(store: Store) -> None:
+    book = Ledger(store)
+
+    def now() -> tuple[bool, list[int]]:
+        entry = book.entry(Kind.TRIAL, "t")
+        return entry.waits, [pause["epoch"] for pause in entry.pauses]
+
+    for attempt in (1, 2):  # the first one is on a machine that was thought dead
+        assert book.start(Kind.TRIAL, "t", {"until": 1}) == attempt
+    assert now() == (False, [])
+    book.pause(Kind.TRIAL, "t", {"epoch": 1})
+    assert now() == (True, [1]), "whichever attempt it was: the trial is at its rung, and nobody has let it go on"
+    book.pause(Kind.TRIAL, "t", {"epoch": 1})
+    book.start(Kind.TRIAL, "t", {"until": 3})
+    assert now() == (False, [1, 1]), "it goes on to the next rung"
+    book.pause(Kind.TRIAL, "t", {"epoch": 3})
+    book.pause(Kind.TRIAL, "t", {"epoch": 1})
+    assert now() == (True, [1, 1, 1, 3])
+    book.start(Kind.TRIAL, "t", {"until": None})
+    assert now() == (False, [1, 1, 1, 3])
+
+
 def test_starts_at_the_same_moment_are_attempts_of_their_own(store: Store) -> None:
     found: list[int] = []
     threads = [

@@ -22,8 +22,8 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path))
 
 
-def start(store: Store, number: int) -> Assignment:
-    task = Assignment(f"mmcl-{number:04d}", number, "mmcl", "mmcl-aaaa", {})
+def start(store: Store, number: int, until: int | None = None) -> Assignment:
+    task = Assignment(f"mmcl-{number:04d}", number, "mmcl", "mmcl-aaaa", {}, until)
     Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(STUDY, task))
     return task
 
@@ -59,9 +59,9 @@ def test_reasons_retries_and_where_the_tracebacks_are(store: Store) -> None:
 
 def test_trials_that_wait_at_a_rung_are_told_from_those_that_run(store: Store) -> None:
     for number in range(3):
-        start(store, number)
-    Ledger(store).pause(Kind.TRIAL, "mmcl-0000", {"attempt": 1, "epoch": 1})
-    Ledger(store).pause(Kind.TRIAL, "mmcl-0001", {"attempt": 1, "epoch": 1})
+        start(store, number, until=1)
+    Ledger(store).pause(Kind.TRIAL, "mmcl-0000", {"epoch": 1})
+    Ledger(store).pause(Kind.TRIAL, "mmcl-0001", {"epoch": 1})
     start(store, 1)  # goes on
     assert list(status.lines(store)) == ["trials: 2 running or interrupted, 1 waiting at a rung"]
 

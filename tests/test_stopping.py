@@ -358,7 +358,7 @@ def test_the_table_says_state_reason_and_epochs(tmp_path: Path) -> None:
         len(entry.pauses),
     )
     assert row["stop_reason"].startswith("rung at epoch")
-    waiting = replace(entry, ended=None)
+    waiting = replace(entry, ended=None, until=entry.pauses[-1]["epoch"])
     assert waiting.waits
     assert trial_row(waiting)["state"] == "running"
 
@@ -381,6 +381,7 @@ def test_who_was_told_to_go_on_and_died_before_it_started_has_failed(tmp_path: P
     ended = settle(search.store, study, replace(at_it, until=3)).ended
     assert ended is not None
     assert ended["state"] == State.FAILED
+    assert ended["device_seconds"] == sum(pause["device_seconds"] for pause in entry.pauses)
 
 
 def test_the_last_epoch_of_a_trial_that_has_not_ended_keeps_its_weights(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class LedgerContext:
     def pause(self, record: dict[str, Any]) -> Entry:
         """Record that this attempt ends at a rung, its state kept; return its entry. Errors: SupersededError."""
         self.require_last()
-        return Ledger(self.store).pause(self.kind, self.id, {"attempt": self.attempt, **record})
+        return Ledger(self.store).pause(self.kind, self.id, record)
 
     def require_last(self) -> None:
         """Raise SupersededError where this attempt counts no more: nothing of it may be recorded then."""
