@@ -34,7 +34,7 @@ OPTIONS = {
     "studies": {"--format", "-f"},
     "replay": {"--on", "--nearest", "--set", "--run-dir", "--address"},
     "poison": {"--set", "--run-dir", "--preview"},
-    "validate": {"--set"},
+    "validate": {"--study", "--set"},
     "pareto": {"--format", "-f", "--kind"},
     "evaluate": {
         "--data",

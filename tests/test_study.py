@@ -335,7 +335,7 @@ def test_embedded_data_sets() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "search_spaces").rglob("*.yaml")), *sorted((ROOT / "tests" / "studies").glob("*.yaml"))],
+    [*study_file.shipped().values(), *sorted((ROOT / "tests" / "studies").glob("*.yaml"))],
     ids=lambda path: path.stem,
 )
 def test_shipped_studies_load_and_survive_being_written_out(path: Path) -> None:

@@ -84,7 +84,7 @@ def parse(text: str, *, source: str, study: Study | None = None) -> Verdict:
     found += wrong
     if sound:
         verdict = _with_study(config, study, found)
-    hide = frozenset(secret for _, _, secret in secrets)
+    hide = frozenset(secret for _, _, secret in secrets if len(secret) > 3)
     told = dict.fromkeys(
         (mistakes.marked(place, marks), credentials.hidden(_sentence(place, what), hide)) for place, what in found
     )
@@ -248,15 +248,16 @@ def _driver(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     if config["provider"]["type"] == "local":
         yield ("head_start_ray_commands",), what + """add --resources='{"head": 1}' to `ray start --head`"""
     else:
-        yield ("available_node_types", str(config["head_node_type"]), "resources"), what + "add head: 1"
+        yield ("available_node_types", str(config.get("head_node_type")), "resources"), what + "add head: 1"
 
 
 def _started_with(config: Mapping[str, Any], who: str) -> frozenset[str]:
     """Return the custom resources that `ray start` is called with."""
     found: set[str] = set()
-    for command in config.get(f"{who}_start_ray_commands") or ():
+    commands = config.get(f"{who}_start_ray_commands")
+    for command in commands if isinstance(commands, list) else ():
         try:
-            words = shlex.split(command)
+            words = shlex.split(str(command))
         except ValueError:
             continue
         for word, after in zip(words, [*words[1:], ""], strict=True):

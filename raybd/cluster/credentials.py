@@ -26,8 +26,8 @@ _SECRET_NAME = (
 _NAME = re.compile(rf"(?i){_SECRET_NAME}")
 # NAME=value and --name value, as commands give them.
 _GIVEN = re.compile(rf"(?i)(?<![\w$])(--)?({_SECRET_NAME})(?:=|(?(1)\s+|=))[\"']?([^\s\"';&|]+)")
-_LOGIN = re.compile(r"\blogin\b[^;&|]*?\s-p[ =]?[\"']?([^\s\"';&|]+)")
-_NO_SECRET = re.compile(r"[$~./<{]|-?\d?$")  # a variable, a path, what is to be filled in, a flag
+_LOGIN = re.compile(r"\blogin\b[^;&|]{0,200}?\s-p[ =]?[\"']?([^\s\"';&|]+)")
+_NO_SECRET = re.compile(r"[$~./<]|-?\d?$")  # a variable, a path, what is to be filled in, a flag
 _SHOWN_ELSEWHERE = ("file_mounts",)  # its keys are paths
 
 
