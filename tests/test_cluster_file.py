@@ -506,7 +506,7 @@ def near(draw: st.DrawFn) -> dict[str, Any]:
     for _ in range(draw(st.integers(1, 3))):
         inner: Any = found
         while True:
-            key = draw(st.sampled_from(sorted(inner)) if isinstance(inner, dict) else st.integers(0, len(inner) - 1))
+            key = draw(st.sampled_from(list(inner)) if isinstance(inner, dict) else st.integers(0, len(inner) - 1))
             if isinstance(inner[key], dict | list) and inner[key] and draw(st.booleans()):
                 inner = inner[key]
                 continue

@@ -19,6 +19,7 @@ import yaml
 from raybd import study_file
 from raybd.cluster import credentials
 from raybd.cluster.node_types import NodeType, custom, max_workers, node_types, whole
+from raybd.cluster.walk import walk
 from raybd.errors import StudyError, dotted
 from raybd.study import Study, mistakes
 from raybd.study.mistakes import Place
@@ -79,7 +80,7 @@ def parse(text: str, *, source: str, study: Study | None = None) -> Verdict:
     found = [(place, f"{kind} is written into the file: {_UNSAID}") for place, kind, _ in secrets]
     found += _filled_in(config)
     verdict = Verdict((), ())
-    odd = list(_odd_keys(config, ()))
+    odd = list(_odd_keys(config))
     wrong, sound = (odd, False) if odd else _rules(config)
     found += wrong
     if sound:
@@ -120,16 +121,11 @@ def _as_ray_reads(text: str, source: str) -> dict[str, Any]:
     return config
 
 
-def _odd_keys(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
+def _odd_keys(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yield keys that are numbers, dates, true or false: Ray takes texts."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                yield (*place, str(key)), "this key is not text: put it in quotes"
-            yield from _odd_keys(inner, (*place, str(key)))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _odd_keys(inner, (*place, i))
+    for place, key, _ in walk(config):
+        if isinstance(place[-1], str) and not isinstance(key, str):
+            yield place, "this key is not text: put it in quotes"
 
 
 def _rules(config: dict[str, Any]) -> tuple[list[tuple[Place, str]], bool]:
@@ -149,28 +145,16 @@ def _rules(config: dict[str, Any]) -> tuple[list[tuple[Place, str]], bool]:
     return found, sound
 
 
-def _filled_in(config: Any) -> Iterator[tuple[Place, str]]:
+def _filled_in(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yield each word that waits to be replaced, once."""
     seen: dict[str, tuple[Place, int]] = {}
-    for place, text in _texts(config, ()):
-        for word in _FILL_IN.findall(text):
+    for place, key, value in walk(config):
+        for word in (word for text in (key, value) if isinstance(text, str) for word in _FILL_IN.findall(text)):
             first, count = seen.get(word, (place, 0))
             seen[word] = first, count + 1
     for word, (place, count) in seen.items():
         more = f", here and in {count - 1} more place{'s' if count > 2 else ''}" if count > 1 else ""
         yield place, f"put {_TO_FILL_IN[word]} in for {word}{more}"
-
-
-def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield (*place, str(key)), str(key)
-            yield from _texts(inner, (*place, str(key)))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _texts(inner, (*place, i))
-    elif isinstance(value, str):
-        yield place, value
 
 
 def _provider(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from raybd.cluster.walk import walk
 from raybd.study.mistakes import Place
 
 # What a value is by its form. In commands they stand among other words.
@@ -28,7 +29,7 @@ _NAME = re.compile(rf"(?i){_SECRET_NAME}")
 _GIVEN = re.compile(rf"(?i)(?<![\w$])(--)?({_SECRET_NAME})(?:=|(?(1)\s+|=))[\"']?([^\s\"';&|]+)")
 _LOGIN = re.compile(r"\blogin\b[^;&|]{0,200}?\s-p[ =]?[\"']?([^\s\"';&|]+)")
 _NO_SECRET = re.compile(r"[$~./<]|-?\d?$")  # a variable, a path, what is to be filled in, a flag
-_SHOWN_ELSEWHERE = ("file_mounts",)  # its keys are paths
+_PATHS = ("file_mounts",)  # sections whose keys are paths
 
 
 def found(config: Any) -> Iterator[tuple[Place, str, str]]:
@@ -36,36 +37,28 @@ def found(config: Any) -> Iterator[tuple[Place, str, str]]:
 
     A path to a file of keys, a variable (`$TOKEN`) and a number of one digit are none.
     """
-    for place, key, value in _texts(config, ()):
-        for text in (key, value):
+    for place, _, value in walk(config):
+        key, text = next(str(part) for part in reversed(place) if isinstance(part, str)), _text(value)
+        # The items of a list have the list's key, which is looked at once.
+        for shown in (key, text) if isinstance(place[-1], str) else (text,):
             for kind, form in _FORM.items():
-                for match in form.finditer(text):
+                for match in form.finditer(shown):
                     yield place, kind, match[0]
-        if place[0] not in _SHOWN_ELSEWHERE and _NAME.fullmatch(key) and not _NO_SECRET.match(value):
-            yield place, "a secret by its name", value
-        for given in _GIVEN.finditer(value):
+        if place[0] not in _PATHS and _NAME.fullmatch(key) and not _NO_SECRET.match(text):
+            yield place, "a secret by its name", text
+        for given in _GIVEN.finditer(text):
             if not _NO_SECRET.match(given[3]):
                 yield place, f"a value for {given[2][:50]}", given[3]
-        for login in _LOGIN.finditer(value):
+        for login in _LOGIN.finditer(text):
             if not _NO_SECRET.match(login[1]):
                 yield place, "a password", login[1]
 
 
-def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str, str]]:
-    """Yield (place, key, text) of each value below a place; the items of a list have the list's key."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            at = (*place, str(key))
-            if isinstance(inner, dict | list):
-                yield at, str(key), ""
-            yield from _texts(inner, at)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _texts(inner, (*place, i))
-    elif value is not None and not isinstance(value, bool):
-        key = next((part for part in reversed(place) if isinstance(part, str)), "")
-        text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-        yield place, key, text
+def _text(value: object) -> str:
+    """Return a value as it would be written; "" of what has values of its own, and of what says yes, no or nothing."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return "" if value is None or isinstance(value, bool | dict | list) else str(value)
 
 
 def hidden(text: str, secrets: frozenset[str] = frozenset()) -> str:
