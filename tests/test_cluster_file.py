@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -378,6 +380,7 @@ def test_a_secret_is_refused_by_name_and_never_shown(case: str) -> None:
 def test_paths_variables_and_modes_are_no_secrets() -> None:
     commands = [
         "export TOKEN=$TOKEN AWS_SECRET_ACCESS_KEY=${KEY} RAY_AUTH_MODE=token; docker login --password-stdin -u me",
+        "export TOKENIZERS_PARALLELISM=false HF_TOKEN_CHECK=no MAX_TOKENS=1000",
         "export API_KEY=$(cat ~/key) && tool --token-file x --password=$PASSWORD && cat /etc/secret",
     ]
     text = changed("aws", ("head_setup_commands", commands), ("auth.ssh_private_key", "~/.ssh/key.pem"))
@@ -459,6 +462,18 @@ def test_the_command_tells_cluster_files_from_studies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["provider:\n", '"cluster_name" : x', "a: 1\nhead_node_type: x", "{provider: {}}"])
 def test_what_a_cluster_file_is(text: str) -> None:
     assert cluster_file.is_one(text)
+
+
+def test_nothing_but_the_verdict_is_printed(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(changed("aws", ("available_node_types.gpu_spot.max_workers", None)), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "raybd", "validate", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == f"{path}: fine"
+    path.write_text(FILES["aws"].read_text(encoding="utf-8"), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "raybd", "validate", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {path}: 2 mistakes in the cluster file\n  {path}:")
 
 
 def test_no_study_is_one() -> None:

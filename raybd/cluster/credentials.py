@@ -22,20 +22,22 @@ _FORMS = {
 _FORM = {kind: re.compile(form) for kind, form in _FORMS.items()}
 _SECRET_NAME = (
     r"\w*(?:secret|password|passwd|access[_-]?key|api[_-]?key|private[_-]?key|credentials|(?:auth|access|session)[_-]?token"
-    r"|(?<![a-z])token)\w*"
+    r"|(?<![a-z])token(?![a-z]))\w*"
 )
 _NAME = re.compile(rf"(?i){_SECRET_NAME}")
 # NAME=value and --name value, as commands give them.
 _GIVEN = re.compile(rf"(?i)(?<![\w$])(--)?({_SECRET_NAME})(?:=|(?(1)\s+|=))[\"']?([^\s\"';&|]+)")
 _LOGIN = re.compile(r"\blogin\b[^;&|]{0,200}?\s-p[ =]?[\"']?([^\s\"';&|]+)")
-_NO_SECRET = re.compile(r"[$~./<]|-?\d?$")  # a variable, a path, what is to be filled in, a flag
+_NO_SECRET = re.compile(
+    r"(?i)[$~./<]|-?\d?$|(?:true|false|yes|no|none)$"
+)  # a variable, a path, what is to be filled in
 _PATHS = ("file_mounts",)  # sections whose keys are paths
 
 
 def found(config: Any) -> Iterator[tuple[Place, str, str]]:
     """Yield each secret of a cluster file: where it stands, what it is called, and the secret itself, not to be shown.
 
-    A path to a file of keys, a variable (`$TOKEN`) and a number of one digit are none.
+    A path to a file of keys, a variable (`$TOKEN`), yes and no are none.
     """
     for place, _, value in walk(config):
         key, text = next(str(part) for part in reversed(place) if isinstance(part, str)), _text(value)

@@ -101,7 +101,11 @@ def notes(study: Study, share: Share, kinds: Sequence[NodeType], *, machines: in
                 if kind.machine
                 else f"{kind.describe()}: whether the study fits on a machine shows when it runs"
             )
-    autos = [name for name in ("num_workers", "concurrent_trials") if getattr(study.resources, name) == "auto"]
+    autos = [
+        name
+        for name in ("num_workers", "cpus_per_worker", "concurrent_trials")
+        if getattr(study.resources, name) == "auto"
+    ]
     if machines and autos and any(kind.most > kind.least for kind in kinds):
         settled = ", ".join(f"resources.{name}={getattr(share, name)}" for name in autos)
         yield f"auto counts what is there at the start: {settled}; say more with --set"

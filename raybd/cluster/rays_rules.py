@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import resources
@@ -94,8 +96,6 @@ def _kind(value: object) -> str:
 
 def _provider(provider: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yield keys of `provider` that Ray would silently leave unread, as they are nearly one of those that it reads."""
-    import difflib
-
     known = [*schema, *_PROVIDER_KEYS]
     for key in provider:
         close = difflib.get_close_matches(key[:100], known, n=1, cutoff=_NEAR)
@@ -110,6 +110,10 @@ def refusal(config: Mapping[str, Any]) -> str:
     """Return why Ray would refuse a file, "" where it takes it. Nothing is asked of any cloud."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    # What it remarks on the way is no mistake.
+    log = logging.getLogger("ray.autoscaler")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         try:
             prepared = prepare_config(copy.deepcopy(dict(config)))
@@ -118,4 +122,6 @@ def refusal(config: Mapping[str, Any]) -> str:
         except Exception as error:  # whatever Ray trips over
             said = (getattr(error, "message", None) or str(error) or type(error).__name__).strip()
             return cut(said.splitlines()[0], 300)
+        finally:
+            log.setLevel(level)
     return ""
