@@ -388,12 +388,21 @@ def test_paths_variables_and_modes_are_no_secrets() -> None:
     assert mistakes_of(text) == []
 
 
-@pytest.mark.parametrize("text", [f"a: !{KEY_ID} x", f"a: *{KEY_ID}", f"provider: {{'{KEY_ID}': ]"])
+@pytest.mark.parametrize(
+    "text", [f"a: !{KEY_ID} x", f"a: *{KEY_ID}", f"provider: {{'{KEY_ID}': ]", f"a: !!int {KEY_ID}"]
+)
 def test_what_is_not_yaml_shows_no_secret_either(text: str) -> None:
     with pytest.raises(StudyError) as caught:
         cluster_file.parse(text, source="c.yaml")
     assert KEY_ID not in str(caught.value)
     assert caught.value.where == "c.yaml:1"
+
+
+def test_a_secret_is_told_once() -> None:
+    found = mistakes_of(changed("aws", ("provider.aws_credentials", {"aws_access_key_id": KEY_ID})))
+    assert [line.split(": ")[1:3] for line in found] == [
+        ["provider.aws_credentials.aws_access_key_id", "an AWS access key is written into the file"]
+    ]
 
 
 # --- YAML

@@ -73,11 +73,13 @@ def parse(text: str, *, source: str, study: Study | None = None) -> Verdict:
     problems: list[tuple[str, str]] = []
     try:
         study_file.read_yaml(text, (), source, marks, problems)
-        config = _as_ray_reads(text, source)
+        config = _as_ray_reads(text, source, problems[0][0] if problems else source)
     except StudyError as error:
-        raise StudyError(credentials.hidden(error.what), where=error.where) from None
-    secrets = list(credentials.found(config))
-    found = [(place, f"{kind} is written into the file: {_UNSAID}") for place, kind, _ in secrets]
+        raise StudyError(credentials.hidden(error.what), where=error.where, expected=error.expected) from None
+    secrets: dict[tuple[Place, str], str] = {}
+    for place, kind, secret in credentials.found(config):
+        secrets.setdefault((place, secret), kind)
+    found = [(place, f"{kind} is written into the file: {_UNSAID}") for (place, _), kind in secrets.items()]
     found += _filled_in(config)
     verdict = Verdict((), ())
     odd = list(_odd_keys(config))
@@ -85,13 +87,11 @@ def parse(text: str, *, source: str, study: Study | None = None) -> Verdict:
     found += wrong
     if sound:
         verdict = _with_study(config, study, found)
-    hide = frozenset(secret for _, _, secret in secrets if len(secret) > 3)
-    told = dict.fromkeys(
-        (mistakes.marked(place, marks), credentials.hidden(_sentence(place, what), hide)) for place, what in found
-    )
-    problems += [(marks.get(place, source), what) for place, what in told]
+    problems += [(marks.get(mistakes.marked(place, marks), source), _sentence(place, what)) for place, what in found]
     if problems:
-        shown = mistakes.listed(problems, of="cluster file")
+        hide = frozenset(secret for _, secret in secrets if len(secret) > 3)
+        told = dict.fromkeys((where, credentials.hidden(what, hide)) for where, what in problems)
+        shown = mistakes.listed([*told], of="cluster file")
         raise StudyError(shown, where=source, fix="correct them and call again")
     return verdict
 
@@ -106,13 +106,17 @@ def _sentence(place: Place, what: str) -> str:
     return f"{dotted([mistakes.cut(str(part)) for part in place])}: {what}" if place else what
 
 
-def _as_ray_reads(text: str, source: str) -> dict[str, Any]:
-    """Return what Ray reads out of a text that is YAML and of bearable size. Errors: StudyError."""
+def _as_ray_reads(text: str, source: str, suspect: str) -> dict[str, Any]:
+    """Return what Ray reads out of a text that is YAML and of bearable size. Errors: StudyError.
+
+    Args:
+        suspect: the line that is to blame where PyYAML does not say.
+    """
     try:
         config = yaml.safe_load(text)
     except Exception as error:  # PyYAML lets whatever its constructors trip over through
         mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
+        where = f"{source}:{mark.line + 1}" if mark else suspect
         raise StudyError(f"not valid YAML for Ray: {getattr(error, 'problem', None) or error}", where=where) from None
     if not isinstance(config, dict):
         raise StudyError(
