@@ -158,14 +158,15 @@ class StreamedPairs:
 
 def _items(stream: _Stream, *, workers: int) -> Iterator[_Item]:
     """Yield what loader workers read, epoch after epoch; they end with it, or with this process."""
-    loader: DataLoader[_Chunk] = DataLoader(
-        _Parcel(stream) if workers else stream,
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,
-    )
-    for chunk in loader:
-        yield from chunk.items()
+    with tempfile.TemporaryFile() as file:
+        loader: DataLoader[_Chunk] = DataLoader(
+            _Parcel(stream, file) if workers else stream,
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+        )
+        for chunk in loader:
+            yield from chunk.items()
 
 
 class _Stream(IterableDataset[_Chunk]):
@@ -286,10 +287,10 @@ class _Parcel(IterableDataset[_Chunk]):
     workers given a large index by value would be started one after the other.
     """
 
-    def __init__(self, stream: _Stream) -> None:
-        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115 # it lives as long as this
-        pickle.dump(stream, self._file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._file.flush()
+    def __init__(self, stream: _Stream, file: Any) -> None:
+        self._file = file
+        pickle.dump(stream, file, protocol=pickle.HIGHEST_PROTOCOL)
+        file.flush()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give a process that is being started a descriptor of the file."""
