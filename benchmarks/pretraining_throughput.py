@@ -39,8 +39,9 @@ from setting import setting
 
 from raybd.data import cache
 from raybd.data.cache import Images
-from raybd.data.pairs import CPU, Batch, CachedPairs, Pairs, Prepare, StreamedPairs
+from raybd.data.pairs import CPU, Batch, CachedPairs, Pairs, Prepare
 from raybd.data.shards import find_shards
+from raybd.data.streaming import StreamedPairs
 from raybd.evaluate import make_set
 from raybd.model import Clip, create, training_flops
 from raybd.poison.plan import Attack, PoisonPlan
@@ -96,7 +97,14 @@ class Ready:
         return self
 
     def epoch(
-        self, epoch: int, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+        self,
+        epoch: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device = CPU,
+        last: int | None = None,
     ) -> Iterator[Batch]:
         """Yield the batches, which are where they are to be."""
         yield from self.batches

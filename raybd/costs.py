@@ -12,8 +12,10 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from raybd.data.pairs import steps
 from raybd.model import create_on_meta, forward_flops, image_size, training_flops
 from raybd.study import CleanSettings, Method, TrainSettings
+from raybd.study.methods import users
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,15 @@ def towers(name: str) -> Towers:
     )
 
 
-def training_cost(model: str, settings: TrainSettings, *, pairs: int) -> float:
-    """Return the operations of a whole training run on so many pairs; views double it."""
-    return settings.epochs * pairs * _views(settings) * towers(model).pair_training
+def training_cost(model: str, settings: TrainSettings, *, pairs: int, workers: int = 1) -> float:
+    """Return the operations of a whole training run on so many pairs; views double it.
+
+    Args:
+        workers: that share each batch.
+    """
+    cost = towers(model)
+    twice = cost.pair_forward if _in_micro_batches(settings, pairs=pairs, workers=workers) else 0.0
+    return settings.epochs * pairs * _views(settings) * (cost.pair_training + twice)
 
 
 def cleaning_cost(model: str, settings: CleanSettings, *, pairs: int) -> float:
@@ -95,6 +103,8 @@ def cleaning_cost(model: str, settings: CleanSettings, *, pairs: int) -> float:
         once = towers(settings.pseudo_labels.model).image_forward  # the other model's look at the images
     elif method is Method.INTERPOLATION and cost.has_batchnorm:
         once = len(settings.interpolation.alphas) * cost.image_forward
+    if method in users("micro_batch_size") and _in_micro_batches(settings, pairs=pairs):
+        epoch += views * cost.pair_forward
     return pairs * (settings.epochs * epoch + once)
 
 
@@ -115,6 +125,12 @@ def evaluations(settings: TrainSettings) -> int:
     if isinstance(settings, CleanSettings) and settings.method is Method.INTERPOLATION:
         points = len(settings.interpolation.alphas)
     return settings.epochs + 1 + points
+
+
+def _in_micro_batches(settings: TrainSettings, *, pairs: int, workers: int = 1) -> bool:
+    """Say whether steps encode each pair once more, without a graph: where a worker's part exceeds a micro batch."""
+    largest = -(-pairs // steps(pairs, settings.batch_size)) if pairs else 0
+    return settings.micro_batch_size is not None and settings.micro_batch_size < -(-largest // workers)
 
 
 def _views(settings: TrainSettings) -> int:

@@ -205,7 +205,9 @@ def _count(
 
 def _pretraining(study: Study, found: Sizes, objective: str, speed: Speed | None) -> Part:
     settings = study.pretrain.settings(objective)
-    training = costs.training_cost(study.model.name, settings, pairs=found.pairs)
+    asked = study.resources.num_workers
+    workers = asked if isinstance(asked, int) else 1
+    training = costs.training_cost(study.model.name, settings, pairs=found.pairs, workers=workers)
     return _part("pretrain", objective, [(settings, found.pairs, training)], study, found, speed)
 
 

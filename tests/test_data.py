@@ -31,7 +31,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from raybd.data import cache, shards, views
-from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare, StreamedPairs, bounds, steps
+from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare, bounds, steps
+from raybd.data.streaming import StreamedPairs
 from raybd.errors import DataError
 from raybd.poison.plan import PoisonPlan, make_plan
 from raybd.study import BadNet, Data, ImageView, Pattern, Poison, TextView

@@ -52,19 +52,69 @@ def test_an_epoch_of_a_method_does_as_many_operations_as_its_cost_says(method: M
     if method is Method.DEEP_CLUSTERING:
         small.append("clean.deep_clustering={clusters: 4, iterations: 1}")
     study = tiny(*small)
+    settings, training = study.clean.settings({}), training_of(study, tmp_path)
+    assert counted(training) == pytest.approx(costs.cleaning_cost(study.model.name, settings, pairs=32), rel=0.01)
+
+
+def training_of(study: Study, tmp_path: Path) -> Training:
+    """Return a trial's training on its cleaning pairs."""
     settings, inputs = study.clean.settings({}), inputs_for(study)
     clip = create(study.model.name, seed=0)
     context = LedgerContext(store=Store(str(tmp_path)), kind=Kind.TRIAL, id="t", device=torch.device("cpu"))
     pairs = inputs.cleaning_pairs(settings, clip, seed=0)
     recipe = registry.recipe(settings, seed=0)
-    training = Training(clip, pairs, settings, context, inputs.evaluation_set, recipe=recipe)
+    return Training(clip, pairs, settings, context, inputs.evaluation_set, recipe=recipe)
+
+
+def counted(training: Training) -> int:
+    """Return the operations of an epoch, and of the points after it."""
+    recipe = training.recipe
     with FlopCounterMode(display=False) as counter:
         training._train_epoch(1)
         for _ in recipe.points(training):
             pass
     recipe.detach(training)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", [Method.CLEANCLIP, Method.MMCL, Method.IMAGE_TOWER])
+@pytest.mark.parametrize("micro", [15, 16])
+def test_micro_batches_cost_one_more_forward_pass(method: Method, micro: int, tmp_path: Path) -> None:
+    study = tiny(
+        "search={}",
+        f"clean.method={method}",
+        f"clean.micro_batch_size={micro}",
+        *(f"clean.{s}" for s in ("num_samples=32", "batch_size=16", "epochs=1")),
+    )
+    settings, training = study.clean.settings({}), training_of(study, tmp_path)
     said = costs.cleaning_cost(study.model.name, settings, pairs=32)
-    assert said == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert said == pytest.approx(counted(training), rel=0.01)
+    plain = costs.cleaning_cost(study.model.name, settings.model_copy(update={"micro_batch_size": None}), pairs=32)
+    if method is not Method.IMAGE_TOWER:
+        assert said / plain == pytest.approx(4 / 3 if micro < 16 else 1, rel=0.02)
+
+
+def test_micro_batches_cost_nothing_where_they_are_not_used() -> None:
+    cost = costs.towers("resnet-tiny-32")
+    settings = TrainSettings(epochs=2, batch_size=16, micro_batch_size=8, lr=1e-3, warmup_steps=0)
+
+    def passes(**how: int) -> float:
+        return costs.training_cost("resnet-tiny-32", settings, **how) / (2 * how["pairs"] * views)
+
+    views = 2 if settings.loss_weights.views else 1
+    assert passes(pairs=160) == pytest.approx(cost.pair_training + cost.pair_forward)
+    assert passes(pairs=160, workers=2) == cost.pair_training, "each worker has one micro batch"
+    assert passes(pairs=18) == pytest.approx(cost.pair_training + cost.pair_forward), "two batches of 9"
+    assert passes(pairs=8) == cost.pair_training
+    plan = planning.make(tiny("pretrain.micro_batch_size=8", "resources.num_workers=1"), speed=None, search=False)
+    shared = planning.make(tiny("pretrain.micro_batch_size=8", "resources.num_workers=8"), speed=None, search=False)
+    assert plan.parts[0].training_pflops > 1.2 * shared.parts[0].training_pflops
+    # A method with steps of its own pays nothing: it takes them whole.
+    par = tiny("search={}", "clean.method=par").clean
+    given = par.model_copy(update={"micro_batch_size": 1})
+    assert costs.cleaning_cost("resnet-tiny-32", given, pairs=64) == costs.cleaning_cost(
+        "resnet-tiny-32", par, pairs=64
+    )
 
 
 @pytest.mark.parametrize("term", TERMS)

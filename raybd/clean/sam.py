@@ -54,7 +54,7 @@ class SharpnessAware(Recipe):
     settings: FtSam
 
     def step(self, run: Training, batch: Batch) -> Loss:
-        """Take the gradient at w + ρ g w² / ‖|w| g‖ and step from w. Errors: TrialError where either loss is bad."""
+        """Take the gradient at w + ρ g w² / ‖|w| g‖ and step from w."""
         loss = self._backward(run, batch)
         found = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
         with _moved(found, ascent(found, [p.grad for p in found], rho=self.settings.rho)), untracked(run.clip.net):
@@ -64,7 +64,7 @@ class SharpnessAware(Recipe):
 
     def _backward(self, run: Training, batch: Batch) -> Loss:
         loss = self.loss(run, batch)
-        run.check_finite(loss)
+        run.guard(loss)
         run.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         return loss

@@ -59,15 +59,19 @@ class _AddShares(torch.autograd.Function):
 
 
 class Group:
-    """The ranks of torch.distributed, for a loss under DDP."""
+    """The ranks of torch.distributed, for one loss under DDP: of a rank, all tensors have as many rows."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] | None = None
 
     def gather(self, rows_BD: Tensor) -> Rows:
         """Return this rank's rows among those of all ranks, in the order of the ranks."""
-        count = torch.tensor([len(rows_BD)], device=rows_BD.device)
-        counts = torch.empty(dist.get_world_size(), dtype=count.dtype, device=count.device)
-        dist.all_gather_into_tensor(counts, count)
-        sizes = counts.tolist()
-        return Rows(rows_BD, _GatherRows.apply(rows_BD, sizes), sum(sizes[: dist.get_rank()]))
+        if self._sizes is None:  # asked for once: it waits for the device
+            count = torch.tensor([len(rows_BD)], device=rows_BD.device)
+            counts = torch.empty(dist.get_world_size(), dtype=count.dtype, device=count.device)
+            dist.all_gather_into_tensor(counts, count)
+            self._sizes = counts.tolist()
+        return Rows(rows_BD, _GatherRows.apply(rows_BD, self._sizes), sum(self._sizes[: dist.get_rank()]))
 
     def add(self, shares: Tensor) -> Tensor:
         """Return the sums over all ranks of their shares of the loss."""

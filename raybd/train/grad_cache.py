@@ -42,7 +42,7 @@ def untracked(net: nn.Module) -> Iterator[None]:
 
 
 def backward(run: Training, batch: Batch, *, size: int) -> Loss:
-    """Put the gradient of the run's loss of a batch into the parameters; return the loss. Errors: NonFiniteError.
+    """Put the gradient of the run's loss of a batch into the parameters; return the loss.
 
     It is the gradient of the loss of rows that are encoded `size` pairs at a time. For a model without BatchNorm, or
     with BatchNorm in eval mode, that is the loss of the batch; in train mode BatchNorm normalises each micro batch by
@@ -56,7 +56,7 @@ def backward(run: Training, batch: Batch, *, size: int) -> Loss:
             found.append(run.features(part))
     leaves = _leaves(found)
     loss = run.loss_of(leaves)
-    run.check_finite(loss)
+    run.guard(loss)
     run.optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
     start = 0

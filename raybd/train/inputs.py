@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from raybd import checkpoint
 from raybd.data import cache, shards
 from raybd.data.cache import Images
-from raybd.data.pairs import CachedPairs, Pairs, Prepare, StreamedPairs
+from raybd.data.pairs import CachedPairs, Pairs, Prepare
 from raybd.data.shards import Index
+from raybd.data.streaming import StreamedPairs
 from raybd.data.tokens import remembering
 from raybd.data.views import wordnet
 from raybd.errors import DataError, StudyError

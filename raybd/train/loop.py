@@ -5,6 +5,7 @@ B this rank's part of a batch, N the global batch, D embedding width.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from raybd.train.recipe import Recipe
 from raybd.train.schedule import learning_rate
 
 _MAX_LOG_SCALE = 4.605170185988092  # ln 100
+# Steps after which losses are fetched. Doing so waits for the device: the fewer times, the less it stands idle.
+_FETCH_STEPS = 50
 
 
 def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
@@ -43,6 +46,11 @@ def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.AdamW
         eps=settings.eps,
         fused=True,
     )
+
+
+def _numbers(found: list[Tensor]) -> list[float]:
+    """Return numbers that are on a device, all of them with one wait."""
+    return torch.stack(found).tolist() if found else []
 
 
 def _full(rows: Tensor) -> Tensor:
@@ -63,14 +71,19 @@ class Features:
 
 @dataclass
 class _EpochSums:
-    """Running sums over one epoch, of this rank."""
+    """Running sums over one epoch, of this rank.
+
+    Attributes:
+        losses: of total and terms, by their columns' names.
+        waiting: those of steps that are still on the device.
+    """
 
     steps: int = 0
     samples: int = 0
     poisoned: int = 0
     broken: int = 0
-    loss: float = 0.0
-    terms: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    waiting: list[dict[str, Tensor]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -110,6 +123,8 @@ class Training:
         self.optimizer = make_optimizer(clip.net, settings)
         self._names = {parameter: name for name, parameter in clip.net.named_parameters()}
         self._steps_an_epoch = steps(len(pairs), settings.batch_size)
+        self._guarded: list[tuple[int, Tensor]] = []  # steps and losses that are still to be looked at
+        self._spoilt = torch.zeros((), dtype=torch.bool, device=context.device)
         self.net: nn.Module = clip.net
         self.epoch = self.step = self.samples_seen = self.poisoned_seen = 0
 
@@ -169,38 +184,76 @@ class Training:
             rank=context.rank,
             world_size=context.world_size,
             device=context.device,
+            last=self.settings.epochs,
         )
-        for batch in batches:
-            self._set_lr()
-            loss = self.recipe.step(self, batch)
-            self.clamp_scale()
-            self.step += 1
-            self._add(sums, batch, loss)
-            self._note_progress(epoch, sums)
+        try:
+            for batch in batches:
+                self._take_step(sums, batch)
+                if sums.steps % _FETCH_STEPS == 0:
+                    self._fetch(sums)
+                self._note_progress(epoch, sums)
+        finally:
+            self._fetch(sums)  # also after another error: a loss that was not finite came before it
         return sums
+
+    def _take_step(self, sums: _EpochSums, batch: Batch) -> None:
+        """Train on a batch, without waiting for the device."""
+        self._set_lr()
+        loss = self.recipe.step(self, batch)
+        self.clamp_scale()
+        self.step += 1
+        sums.steps += 1
+        sums.samples += len(batch.images_BCHW)
+        sums.poisoned += batch.poisoned
+        sums.broken += batch.broken
+        sums.waiting.append({"loss": loss.total.detach(), **{f"loss_{n}": t.detach() for n, t in loss.terms.items()}})
 
     def clamp_scale(self) -> None:
         """Keep the logit scale within [1, 100]."""
         with torch.no_grad():
             self.clip.net.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
 
-    def check_finite(self, loss: Loss) -> None:
-        """Raise NonFiniteError where a loss is not finite: before the optimizer step that it would spoil."""
-        if not torch.isfinite(loss.total):
-            lr = float(self.optimizer.param_groups[0]["lr"])
-            raise NonFiniteError(
-                f"loss is {float(loss.total.detach())} at step {self.step} (epoch {self.epoch}, lr {lr:.3g})",
-                fix="lower the learning rate",
-            )
+    def guard(self, loss: Loss) -> None:
+        """Have an optimizer step on a loss that is not finite change nothing, nor any step after it.
 
-    def _set_lr(self) -> None:
-        lr = learning_rate(
+        The device sees to that itself, without being waited for. NonFiniteError comes when losses are fetched: after
+        some steps, and before the epoch is recorded.
+        """
+        total = loss.total.detach()
+        self._guarded.append((self.step, total))
+        self._spoilt |= ~torch.isfinite(total)
+        self.optimizer.found_inf = self._spoilt.float()  # as GradScaler tells it
+
+    def check_guarded(self) -> None:
+        """Wait for the losses guarded so far. Errors: NonFiniteError that names the first that is not finite."""
+        numbers, losses = [step for step, _ in self._guarded], [loss for _, loss in self._guarded]
+        self._guarded.clear()
+        for step, loss in zip(numbers, _numbers(losses), strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"loss is {loss} at step {step} (epoch {self.epoch}, lr {self._lr(step):.3g})",
+                    fix="lower the learning rate",
+                )
+
+    def _fetch(self, sums: _EpochSums) -> None:
+        """Wait for the losses of the steps so far and add them up, one after the other. Errors: NonFiniteError."""
+        self.check_guarded()
+        waiting, sums.waiting = sums.waiting, []
+        names = [name for losses in waiting for name in losses]
+        for name, number in zip(names, _numbers([loss for losses in waiting for loss in losses.values()]), strict=True):
+            sums.losses[name] = sums.losses.get(name, 0.0) + number
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(
             self.settings.schedule,
-            self.step,
+            step,
             base_lr=self.settings.lr,
             warmup_steps=self.settings.warmup_steps,
             total_steps=self._steps_an_epoch * self.settings.epochs,
         )
+
+    def _set_lr(self) -> None:
+        lr = self._lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -251,15 +304,6 @@ class Training:
             ranks=ranks(),
         )
 
-    def _add(self, sums: _EpochSums, batch: Batch, loss: Loss) -> None:
-        sums.steps += 1
-        sums.samples += len(batch.images_BCHW)
-        sums.poisoned += batch.poisoned
-        sums.broken += batch.broken
-        sums.loss += float(loss.total.detach())
-        for name, term in loss.terms.items():
-            sums.terms[name] = sums.terms.get(name, 0.0) + float(term.detach())
-
     def _note_progress(self, epoch: int, sums: _EpochSums) -> None:
         seconds = time.perf_counter() - sums.started
         left = self._steps_an_epoch * self.settings.epochs - self.step
@@ -303,8 +347,7 @@ class Training:
                     fix="mend the shards or raise data.max_broken",
                 )
             columns |= {
-                "loss": sums.loss / sums.steps,
-                **{f"loss_{name}": total / sums.steps for name, total in sums.terms.items()},
+                **{name: total / sums.steps for name, total in sums.losses.items()},
                 "lr": float(self.optimizer.param_groups[0]["lr"]) if self.recipe.optimizes else None,
                 "broken": broken,
             }

@@ -50,7 +50,7 @@ class Recipe:
         return run.loss(batch)
 
     def step(self, run: Training, batch: Batch) -> Loss:
-        """Take one optimizer step and return the loss that it was taken on. Errors: TrialError if it is not finite."""
+        """Take one optimizer step and return the loss that it was taken on."""
         loss = self._backward(run, batch)
         run.optimizer.step()
         return loss
@@ -60,7 +60,7 @@ class Recipe:
         if self.in_parts and size is not None and size < len(batch.images_BCHW):
             return grad_cache.backward(run, batch, size=size)
         loss = self.loss(run, batch)
-        run.check_finite(loss)
+        run.guard(loss)
         run.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         return loss
