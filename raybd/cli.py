@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raybd.cli_data import data_app
-from raybd.cli_echo import echo, log_to_screen
+from raybd.cli_echo import Commands, echo, log_to_screen
 from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
 from raybd.errors import RaybdError, StudyError
 
@@ -43,8 +43,10 @@ class FrontKind(StrEnum):
 
 app = typer.Typer(
     name="raybd",
+    cls=Commands,
     help="Can a backdoored CLIP model be cleaned, and at what cost in accuracy?",
     no_args_is_help=True,
+    rich_markup_mode=None,  # what draws boxes round the help takes longer to load than all the rest
     pretty_exceptions_enable=False,
     add_completion=True,
 )
