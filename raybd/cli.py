@@ -111,15 +111,13 @@ def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
 
 def _read_run(run: str) -> analysis.Run:
     """Return the rows of a run that measures are made of, from the tables."""
-    from raybd import analysis, tables
+    from raybd import analysis, points, tables
     from raybd.store import Store
 
     store = Store(run)
-    # Timestamps as Python objects would load pandas, which takes as long as all the rest.
-    trials = tables.read(store, "trials").drop_columns(["started", "ended"])
-    epochs = tables.read(store, "epochs")
-    used = [name for name in epochs.schema.names if name in analysis.COLUMNS]
-    return analysis.Run(run, epochs.select(used).to_pylist(), trials.to_pylist())
+    trials = tables.read(store, "trials", encoded=True)
+    epochs = tables.read(store, "epochs", encoded=True)
+    return analysis.Run(run, points.Points.of_table(epochs), points.Trials(trials))
 
 
 def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
@@ -128,7 +126,8 @@ def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
 
     summaries = fronts.summarise(run.fronts)
     _print_tables(map(text.rendered, grids.methods(summaries, kind=kind)))
-    _print_tables(text.front_tables(summaries, run.trials, kind=kind))
+    shown = run.trials_named({row["trial_id"] for row in run.fronts})
+    _print_tables(text.front_tables(summaries, shown, kind=kind))
 
 
 def _print_tables(tables: Iterable[Table]) -> None:
@@ -278,7 +277,7 @@ def pareto(
         if len(read) > 1:
             echo(f"run {run.name}\n")
         _print_fronts(run, kind=kind)
-        _print_tables(map(text.rendered, grids.of_run(measured, run.trials)))
+        _print_tables(map(text.rendered, grids.of_run(measured, run.trials_named(analysis.named(measured)))))
     _print_tables(map(text.rendered, grids.between(found)))
 
 

@@ -26,7 +26,7 @@ from raybd.metrics import Counts
 from raybd.provenance import digest
 from raybd.seeding import fork, share
 from raybd.store import Store
-from raybd.study import TERMS, CleanSettings, LossWeights, searchable
+from raybd.study import CleanSettings, LossWeights, searchable
 from raybd.study.methods import Abd, Par
 
 
