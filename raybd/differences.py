@@ -19,8 +19,8 @@ RESAMPLES, LEVEL, SEED = 1000, 0.95, 0
 CEILING, POINTS_LOST = 0.05, 0.01
 # Resamples are handled in blocks of about so many numbers.
 _BLOCK = 2_000_000
-# That none of so many trials is drawn happens once in nine million draws.
-_LAYERS = 16
+# That none of so many trials is drawn happens once in 160,000 draws.
+_LAYERS = 12
 _MOST_DRAWS = 10_000_000
 
 

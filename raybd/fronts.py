@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from raybd import pareto
 from raybd.columns import grouped
 from raybd.metrics import SPLITS
-from raybd.points import Points, Row, trial_columns
+from raybd.points import Points, Row
+from raybd.points import standing as trial_standing
 
 Key = tuple[str, str, str]
 KINDS = ("any_epoch", "final")
@@ -86,12 +87,12 @@ class Standing:
             return trials
         ids = [name or "" for name in points.texts["trial_id"]]
         codes = {name: code for code, name in enumerate(ids)}
+        row_N, names, number_N, complete_N = trial_standing(trials)
+        code_N = np.array([codes.get(name or "", -1) for name in names], dtype=np.int64)[row_N]
         number_T, unfinished_T = np.full(len(ids), 1 << 60), np.zeros(len(ids), dtype=bool)
-        for trial_id, number, state in trial_columns(trials, "trial_id", "number", "state"):
-            code = codes.get(trial_id)
-            if code is not None:
-                number_T[code] = number_T[code] if number is None else number
-                unfinished_T[code] |= state not in (None, "complete")
+        numbered_N = (code_N >= 0) & (number_N >= 0)
+        number_T[code_N[numbered_N]] = number_N[numbered_N]
+        unfinished_T[code_N[(code_N >= 0) & ~complete_N]] = True
         id_T = np.empty(len(ids), dtype=np.int64)
         id_T[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
         rank_T = np.empty(len(ids), dtype=np.int64)

@@ -75,30 +75,29 @@ def instability(
     points = Points.of(rows)
     points = points.take(~points.column("mixed"))
     found = _courses(points, top1_tolerance, asr_tolerance)
-    if not found:
+    if not found["trial_id"]:
         return None
-    steps, unstable = sum(t["steps"] for t in found), sum(t["unstable_steps"] for t in found)
-    places = [trial["best_at"] for trial in found]
+    steps, unstable = sum(found["steps"]), sum(found["unstable_steps"])
     return {
         "top1_tolerance": top1_tolerance,
         "asr_tolerance": asr_tolerance,
-        "trials": len(found),
+        "trials": len(found["trial_id"]),
         "steps": steps,
         "unstable_steps": unstable,
         # A run that resumed from a lone row has no step.
         "unstable_share": unstable / steps if steps else None,
-        "rebound": statistics.fmean(trial["rebound"] for trial in found),
-        "best_at": statistics.fmean(places),
-        "best_at_median": statistics.median(places),
-        "by_trial": found,
+        "rebound": statistics.fmean(found["rebound"]),
+        "best_at": statistics.fmean(found["best_at"]),
+        "best_at_median": statistics.median(found["best_at"]),
+        "by_trial": [dict(zip(found, trial, strict=True)) for trial in zip(*found.values(), strict=True)],
     }
 
 
-def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> list[dict[str, Any]]:
-    """Return what `instability` says of each trial, in the order of their first epochs."""
+def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> dict[str, list[Any]]:
+    """Return what `instability` says of each trial, column by column, in the order of their first epochs."""
     trial_N, epoch_N = points.column("trial_id"), points.column("epoch")
     if not len(points):
-        return []
+        return {"trial_id": []}
     # By the first epoch of a trial, then by the first row that has it, then by epoch.
     first_T = np.full(len(points.texts["trial_id"]), np.iinfo(np.int64).max)
     np.minimum.at(first_T, trial_N, epoch_N)
@@ -124,7 +123,7 @@ def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> lis
     last_T = epoch_N[end_T - 1]
     trained_T = last_T > 0
     texts = courses.texts["trial_id"]
-    values = {
+    return {
         "trial_id": [texts[code] for code in courses.column("trial_id")[start_T[trained_T]].tolist()],
         "steps": (length_T - 1)[trained_T].tolist(),
         "unstable_steps": np.add.reduceat(worse_N, start_T, dtype=np.int64)[trained_T].tolist(),
@@ -132,7 +131,6 @@ def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> lis
         "best_epoch": best_T[trained_T].tolist(),
         "best_at": (best_T[trained_T] / last_T[trained_T]).tolist(),
     }
-    return [dict(zip(values, trial, strict=True)) for trial in zip(*values.values(), strict=True)]
 
 
 def regret(top1: float, asr: float, front: Iterable[Row]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raybd.columns import Codes, combined, encoded
+from raybd.columns import Codes, combined, encoded, numbers, taken
 
 Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -59,13 +59,14 @@ class Points(Sequence[Row]):
     @staticmethod
     def of_table(table: pa.Table) -> Points:
         """Return the table `epochs` as points."""
-        columns: dict[str, NDArray[Any]] = {"epoch": table.column("epoch").to_numpy()}
+        columns: dict[str, NDArray[Any]] = {"epoch": numbers(table.column("epoch"))[0]}
         texts: dict[str, Sequence[str | None]] = {}
         for name in TEXTS:
             columns[name], texts[name] = encoded(table.column(name))
         for name in _FLOATS:
-            columns[name] = table.column(name).to_numpy()
-        columns["mixed"] = table.column("alpha").is_valid().to_numpy()
+            columns[name], there_N = numbers(table.column(name))
+            if name == "alpha":
+                columns["mixed"] = there_N
         return Points(columns, texts)
 
     def __len__(self) -> int:
@@ -135,43 +136,38 @@ class Trials(Sequence[Row]):
         # Timestamps as Python objects would load pandas, which takes as long as all the rest.
         self._table = table.drop_columns(["started", "ended"])
 
-    @staticmethod
-    def of(rows: Iterable[Row]) -> Sequence[Row]:
-        """Return rows that can be read more than once."""
-        return rows if isinstance(rows, Sequence) else list(rows)
-
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, int):
             return self._table.slice(range(len(self))[place], 1).to_pylist()[0]
-        return self._table.take(np.arange(len(self))[place]).to_pylist()
+        return taken(self._table, np.arange(len(self))[place]).to_pylist()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._table.to_pylist())
 
-    def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yield the values of these columns, row by row."""
-        return zip(*(_values(self._table.column(name)) for name in names), strict=True)
+    def standing(self) -> tuple[Codes, Sequence[str | None], NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the codes of the trials and their ids, the numbers, -1 for none, and which trials are complete."""
+        codes_N, ids = encoded(self._table.column("trial_id"))
+        number_N = np.where(*numbers(self._table.column("number"))[::-1], -1)
+        state_N, states = encoded(self._table.column("state"))
+        complete = np.array([state == "complete" for state in states], dtype=bool)
+        return codes_N, ids, number_N, complete[state_N]
 
     def named(self, ids: Iterable[str]) -> list[Row]:
         """Return the rows of these trials, in their order."""
         codes_N, values = encoded(self._table.column("trial_id"))
         known = set(ids)
         wanted = np.array([value in known for value in values], dtype=bool)
-        return self._table.take(np.flatnonzero(wanted[codes_N])).to_pylist()  # type: ignore[no-any-return]
+        return taken(self._table, np.flatnonzero(wanted[codes_N])).to_pylist()  # type: ignore[no-any-return]
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    if not pa.types.is_dictionary(column.type):
-        return column.to_pylist()  # type: ignore[no-any-return]
-    codes_N, values = encoded(column)
-    return [values[code] for code in codes_N.tolist()]
-
-
-def trial_columns(trials: Iterable[Row], *names: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of these columns of the table `trials`, row by row; None for one that a row lacks."""
+def standing(trials: Iterable[Row]) -> tuple[Codes, Sequence[str | None], NDArray[np.int64], NDArray[np.bool_]]:
+    """Return what `Trials.standing` does, of rows too; one that has no state is complete."""
     if isinstance(trials, Trials):
-        return trials.columns(*names)
-    return (tuple(row.get(name) for name in names) for row in trials)
+        return trials.standing()
+    rows = list(trials)
+    number_N = np.array([-1 if row["number"] is None else row["number"] for row in rows], dtype=np.int64)
+    complete_N = np.array([row.get("state", "complete") == "complete" for row in rows], dtype=bool)
+    return np.arange(len(rows)), [row["trial_id"] for row in rows], number_N, complete_N
