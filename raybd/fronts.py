@@ -58,7 +58,7 @@ def groups(epochs: Iterable[Row]) -> dict[Key, Points]:
     for index in grouped(*points.key(*_KEY)):
         # Texts of a group stand in its first row.
         objective, pretrain_id, method = (points.texts[name][points.column(name)[index[0]]] for name in _KEY)
-        found[objective, pretrain_id, method] = index  # type: ignore[index]
+        found[objective, pretrain_id, method] = index
     methods = Counter(key[:2] for key in found)
     for model, count in methods.items():
         if count > 1:

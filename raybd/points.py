@@ -160,7 +160,7 @@ class Trials(Sequence[Row]):
         codes_N, values = encoded(self._table.column("trial_id"))
         known = set(ids)
         wanted = np.array([value in known for value in values], dtype=bool)
-        return taken(self._table, np.flatnonzero(wanted[codes_N])).to_pylist()  # type: ignore[no-any-return]
+        return taken(self._table, np.flatnonzero(wanted[codes_N])).to_pylist()
 
 
 def standing(trials: Iterable[Row]) -> tuple[Codes, Sequence[str | None], NDArray[np.int64], NDArray[np.bool_]]:

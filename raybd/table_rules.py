@@ -150,7 +150,7 @@ def check_points(rows: pa.Table, *, where: str) -> None:
     key_N, _ = columns.combined([*keys, (epoch_N, _MOST["epoch"] + 1)])
     split_N, splits = texts["split"]
     # What adds up to 5 with two rows, or to 16 with one, can only be what is expected.
-    weight_N = np.array([_WEIGHTS.get(split, 0) for split in splits])[split_N]
+    weight_N = np.array([_WEIGHTS.get(str(split), 0) for split in splits])[split_N]
     order = np.argsort(key_N, kind="stable")
     starts = np.flatnonzero(np.diff(key_N[order], prepend=-1))
     counts, sums = np.diff(np.append(starts, len(order))), np.add.reduceat(weight_N[order], starts)

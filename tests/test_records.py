@@ -28,6 +28,7 @@ from raybd.seeding import fork, share
 from raybd.store import Store
 from raybd.study import CleanSettings, LossWeights, searchable
 from raybd.study.methods import Abd, Par
+from raybd.terms import TERMS
 
 
 @pytest.fixture
