@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from raybd import attainment, differences, fronts, measures
-from raybd.fronts import Key, Row
-
-# The columns of the `epochs` table that measures look at.
-_NAMES = ("study", "study_hash", "trial_id", "pretrain_id", "objective", "method", "epoch", "split")
-COLUMNS = frozenset((*_NAMES, "loss", "alpha", "zeroshot_top1", "asr_top1"))
+from raybd.fronts import Key, Standing
+from raybd.points import Points, Row, Trials
 
 
 @dataclass(frozen=True)
@@ -31,17 +28,33 @@ class Run:
     @cached_property
     def fronts(self) -> list[dict[str, Any]]:
         """Rows of the `fronts` table."""
-        return fronts.compute(self.epochs, self.trials)
+        return fronts.compute(self.points, self.standing)
 
     @cached_property
-    def groups(self) -> dict[Key, list[Row]]:
+    def points(self) -> Points:
+        """Rows of the `epochs` table as columns."""
+        return Points.of(self.epochs)
+
+    @cached_property
+    def standing(self) -> Standing:
+        """What the `trials` table says of the trials of `points`."""
+        return Standing.of(self.points, self.trials)
+
+    @cached_property
+    def groups(self) -> dict[Key, Points]:
         """Rows of the `epochs` table by (objective, pretrain_id, method)."""
-        return fronts.groups(self.epochs)
+        return fronts.groups(self.points)
 
     @cached_property
     def names(self) -> dict[tuple[str, str], str]:
         """A name for each (objective, pretrain_id)."""
         return fronts.objective_names({"objective": o, "pretrain_id": p} for o, p, _ in self.groups)
+
+    def trials_named(self, ids: Collection[str]) -> Sequence[Row]:
+        """Return the rows of these trials in the `trials` table, in their order."""
+        if isinstance(self.trials, Trials):
+            return self.trials.named(ids)
+        return [row for row in self.trials if row["trial_id"] in ids]
 
     def front(self, key: Key) -> list[dict[str, Any]]:
         """Return the rows of a group's front of all epochs, on each half."""
@@ -70,10 +83,10 @@ def of_run(run: Run) -> dict[str, Any]:
     for key, rows in run.groups.items():
         same = dict(zip(("objective", "pretrain_id", "method"), key, strict=True))
         quoted = fronts.halves(rows)[-1]
-        steady = measures.instability(row for row in rows if row["split"] == quoted)
+        steady = measures.instability(rows.take(rows.having("split", quoted)))
         if steady:
             found["instability"].append({**same, "split": quoted, **steady})
-            choices = measures.defenders_choice(rows, run.trials, run.front(key))
+            choices = measures.defenders_choice(rows, run.standing, run.front(key))
             found["defender"].append({**same, "choices": choices})
         # The group of all methods comes first: a refresh is compared with the front that is the hardest to beat.
         points = measures.refresh_baseline(rows, run.front(key)) if key[:2] not in refreshed else []
@@ -87,6 +100,13 @@ def of_run(run: Run) -> dict[str, Any]:
     return found
 
 
+def named(found: Mapping[str, Any]) -> set[str]:
+    """Return the trials of the blind choices and refreshed points that `of_run` has found."""
+    points = [point for entry in found["defender"] for point in entry["choices"].values() if point]
+    points += [point for entry in found["batchnorm_refresh"] for point in entry["points"]]
+    return {point["trial_id"] for point in points}
+
+
 def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, Any]]:
     """Return the differences between pretrain objectives, by cleaning method; see `differences.compare`.
 
@@ -96,10 +116,10 @@ def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, 
     """
     pools: dict[str, dict[str, list[differences.Pool]]] = {}
     for run in runs:
-        of_model: dict[tuple[str, str], list[Row]] = {}
+        of_model: dict[tuple[str, str], Points] = {}
         for (objective, pretrain_id, method), rows in run.groups.items():
             everyone = of_model.setdefault((objective, pretrain_id), rows)  # the group of all methods comes first
-            found = differences.pool(rows, run.trials, model=everyone)
+            found = differences.pool(rows, run.standing, model=everyone)
             if found:
                 pools.setdefault(method, {}).setdefault(run.names[objective, pretrain_id], []).append(found)
     compared = []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raybd.cli_data import data_app
-from raybd.cli_echo import echo, log_to_screen
+from raybd.cli_echo import Commands, echo, log_to_screen
 from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
 from raybd.cli_validate import validate
 from raybd.errors import RaybdError, StudyError
@@ -44,8 +44,10 @@ class FrontKind(StrEnum):
 
 app = typer.Typer(
     name="raybd",
+    cls=Commands,
     help="Can a backdoored CLIP model be cleaned, and at what cost in accuracy?",
     no_args_is_help=True,
+    rich_markup_mode=None,  # what draws boxes round the help takes longer to load than all the rest
     pretty_exceptions_enable=False,
     add_completion=True,
 )
@@ -111,15 +113,13 @@ def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
 
 def _read_run(run: str) -> analysis.Run:
     """Return the rows of a run that measures are made of, from the tables."""
-    from raybd import analysis, tables
+    from raybd import analysis, points, tables
     from raybd.store import Store
 
     store = Store(run)
-    # Timestamps as Python objects would load pandas, which takes as long as all the rest.
-    trials = tables.read(store, "trials").drop_columns(["started", "ended"])
-    epochs = tables.read(store, "epochs")
-    used = [name for name in epochs.schema.names if name in analysis.COLUMNS]
-    return analysis.Run(run, epochs.select(used).to_pylist(), trials.to_pylist())
+    trials = tables.read(store, "trials", encoded=True)
+    epochs = tables.read(store, "epochs", encoded=True)
+    return analysis.Run(run, points.Points.of_table(epochs), points.Trials(trials))
 
 
 def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
@@ -128,7 +128,8 @@ def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
 
     summaries = fronts.summarise(run.fronts)
     _print_tables(map(text.rendered, grids.methods(summaries, kind=kind)))
-    _print_tables(text.front_tables(summaries, run.trials, kind=kind))
+    shown = run.trials_named({row["trial_id"] for row in run.fronts})
+    _print_tables(text.front_tables(summaries, shown, kind=kind))
 
 
 def _print_tables(tables: Iterable[Table]) -> None:
@@ -268,7 +269,7 @@ def pareto(
         if len(read) > 1:
             echo(f"run {run.name}\n")
         _print_fronts(run, kind=kind)
-        _print_tables(map(text.rendered, grids.of_run(measured, run.trials)))
+        _print_tables(map(text.rendered, grids.of_run(measured, run.trials_named(analysis.named(measured)))))
     _print_tables(map(text.rendered, grids.between(found)))
 
 

@@ -7,13 +7,21 @@ from typing import Annotated
 
 import typer
 
-from raybd.cli_echo import echo
+from raybd.cli_echo import Commands, echo
 from raybd.errors import StudyError
 
 data_app = typer.Typer(
-    help="Bring data into the form that studies read, and the sweeps of others into tables.", no_args_is_help=True
+    cls=Commands,
+    help="Bring data into the form that studies read, and the sweeps of others into tables.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
-import_app = typer.Typer(help="Turn image folders, CSV lists or CIFAR-10 into shards.", no_args_is_help=True)
+import_app = typer.Typer(
+    cls=Commands,
+    help="Turn image folders, CSV lists or CIFAR-10 into shards.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 data_app.add_typer(import_app, name="import")
 
 

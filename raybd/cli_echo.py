@@ -1,12 +1,24 @@
-"""The one way in which commands print text: nothing that was read from a file steers the terminal."""
+"""How commands print: nothing that was read from a file steers the terminal, and help is whole."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from raybd.plain import plain
+
+
+class Commands(TyperGroup):
+    """Commands whose sentences stand whole in the help of their group, wrapped where the screen ends."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        for command in self.commands.values():
+            command.short_help = command.short_help or command.help
+        super().format_commands(ctx, formatter)
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:

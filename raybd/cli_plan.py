@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from raybd import study_file
 from raybd.cli_echo import echo
 
 
@@ -32,6 +31,8 @@ def print_plan(
     study: str, overrides: list[str] | None, tflops: float | None, format_: PlanFormat, *, probe: bool, search: bool
 ) -> None:
     """Print what a study would do and cost; see `planning.make`."""
+    from raybd import study_file
+
     found = study_file.load(study, overrides=overrides or [])
     # These import torch, which a mistake in the study does not wait for.
     from raybd import planning
@@ -54,6 +55,8 @@ def studies(
     format_: Annotated[PlanFormat, typer.Option("--format", "-f", help="how to print")] = PlanFormat.TABLE,
 ) -> None:
     """List the studies that come along, each with the first line of its file."""
+    from raybd import study_file
+
     found = study_file.descriptions()
     if format_ is PlanFormat.JSON:
         echo(json.dumps(found, indent=1))

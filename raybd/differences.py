@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations
 from typing import Any
@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raybd import fronts, pareto
-from raybd.fronts import Row
+from raybd.fronts import Standing
+from raybd.points import Floats, Points, Row
 
 RESAMPLES, LEVEL, SEED = 1000, 0.95, 0
 CEILING, POINTS_LOST = 0.05, 0.01
 # Resamples are handled in blocks of about so many numbers.
 _BLOCK = 2_000_000
-
-Floats = NDArray[np.float64]
+# That none of so many trials is drawn happens once in 160,000 draws.
+_LAYERS = 12
+_MOST_DRAWS = 10_000_000
 
 
 class Measure(StrEnum):
@@ -57,16 +59,95 @@ class Pool:
         Chosen on one half and quoted on the other, as `fronts.compute` and `fronts.summarise` do.
         """
         size = max(1, _BLOCK // max(1, len(self.trial_P)))
-        blocks = [self._values(included_RT[i : i + size]) for i in range(0, len(included_RT), size)]
+        blocks = [self._values(self.competing_asr(included_RT[i : i + size])) for i in range(0, len(included_RT), size)]
         return np.concatenate(blocks) if blocks else np.empty((0, len(Measure)))
 
-    def _values(self, included_RT: NDArray[np.bool_]) -> Floats:
+    def resampled(self, count: int, generator: np.random.Generator) -> Floats:
+        """Return the measures, shape [count, 3], of as many draws of trials with replacement.
+
+        Of many points only those are looked at that few trials beat; a draw that has so few of those trials that
+        another point may be on its front is looked at as a whole. Where all draws together are more than ten
+        million, only how many fall on such a trial is drawn, and then on which: the distribution is the same.
+        """
+        kept_P = self._contenders()
+        strong = np.unique(self.trial_P[kept_P & (self.trial_P >= 0)])
+        if count * self.num_trials <= _MOST_DRAWS:
+            included_RT = np.zeros((count, self.num_trials), dtype=bool)
+            drawn_RT = generator.integers(0, self.num_trials, size=included_RT.shape)
+            np.put_along_axis(included_RT, drawn_RT, values=True, axis=1)
+            included_RS = included_RT[:, strong]
+        else:
+            hits_R = generator.binomial(self.num_trials, len(strong) / self.num_trials, size=count)
+            included_RS = np.zeros((count, len(strong)), dtype=bool)
+            included_RS[np.arange(count).repeat(hits_R), generator.integers(0, len(strong), size=hits_R.sum())] = True
+        few = self._of(kept_P, strong)
+        values_RM = few.values(included_RS)
+        for row in np.flatnonzero(~self._covered(kept_P, few.competing_asr(included_RS))):
+            if count * self.num_trials <= _MOST_DRAWS:
+                included_T = included_RT[row]
+            else:
+                others = np.setdiff1d(np.arange(self.num_trials), strong)
+                included_T = np.zeros(self.num_trials, dtype=bool)
+                included_T[others[generator.integers(0, len(others), size=self.num_trials - hits_R[row])]] = True
+                included_T[strong] = included_RS[row]
+            values_RM[row] = self.values(included_T[None])[0]
+        return values_RM
+
+    def _contenders(self) -> NDArray[np.bool_]:
+        """Say which points fewer than `_LAYERS` other trials are known to beat, the poisoned model among them; [P].
+
+        A layer is the front of the trials that are in none before: of those that beat a point all but one, at most,
+        have another trial that does.
+        """
+        left = np.flatnonzero(self.trial_P >= 0)
+        strong_T, layers = np.zeros(self.num_trials, dtype=bool), []
+        for _ in range(_LAYERS + 1):
+            layers.append(left[pareto.records(self.asr_P[left])])
+            strong_T[self.trial_P[layers[-1]]] = True
+            left = left[~strong_T[self.trial_P[left]]]
+        kept = np.flatnonzero(np.append(strong_T, True)[self.trial_P])
+        beaten = np.zeros(len(kept), dtype=np.int64)
+        for layer in filter(len, layers):
+            # Along a layer ASR falls: of its points before another the last has the lowest.
+            place = np.searchsorted(layer, kept) - 1
+            beaten += (place >= 0) & (self.asr_P[layer[place]] <= self.asr_P[kept])
+        kept_P = np.zeros(len(self.trial_P), dtype=bool)
+        kept_P[kept[(beaten <= _LAYERS) | (self.trial_P[kept] < 0)]] = True
+        return kept_P
+
+    def _of(self, kept_P: NDArray[np.bool_], trials: NDArray[np.int64]) -> Pool:
+        """Return the pool of these points, which are of these trials, rising, and of the poisoned model."""
+        points = {name: getattr(self, name)[kept_P] for name in ("top1_P", "asr_P", "quoted_top1_P", "quoted_asr_P")}
+        number_P = np.searchsorted(trials, self.trial_P[kept_P])
+        number_P[self.trial_P[kept_P] < 0] = -1
+        return replace(self, trial_P=number_P, num_trials=len(trials), **points)
+
+    def _covered(self, kept_P: NDArray[np.bool_], asr_RK: Floats) -> NDArray[np.bool_]:
+        """Say of each selection of trials whether the points that are kept beat all others, shape [R].
+
+        Args:
+            asr_RK: `competing_asr` of the points that are kept.
+        """
+        rest = np.flatnonzero(~kept_P)
+        # What beats the front of the others beats all of them.
+        rest = rest[pareto.records(self.asr_P[rest])]
+        if not len(rest):
+            return np.ones(len(asr_RK), dtype=bool)
+        before = np.cumsum(kept_P)[rest]  # how many that are kept come before each
+        lowest_RK = np.minimum.accumulate(asr_RK, axis=1)
+        lowest_RK = np.concatenate([np.full((len(asr_RK), 1), np.inf), lowest_RK], axis=1)
+        return np.asarray((lowest_RK[:, before] <= self.asr_P[rest]).all(axis=1))
+
+    def competing_asr(self, included_RT: NDArray[np.bool_]) -> Floats:
+        """Return the ASR of points in R selections of trials, shape [R, P]; infinite for those left out."""
         always = np.ones((len(included_RT), 1), dtype=bool)
         competes_RP = np.concatenate([included_RT, always], axis=1)[:, self.trial_P]
-        asr_RP = np.where(competes_RP, self.asr_P, np.inf)
+        return np.where(competes_RP, self.asr_P, np.inf)
+
+    def _values(self, asr_RP: Floats) -> Floats:
         # Points come by falling accuracy: one is on the front if its ASR is below all before it.
         lowest_RP = np.minimum.accumulate(asr_RP, axis=1)
-        member_RP = np.concatenate([competes_RP[:, :1], asr_RP[:, 1:] < lowest_RP[:, :-1]], axis=1)
+        member_RP = np.concatenate([np.isfinite(asr_RP[:, :1]), asr_RP[:, 1:] < lowest_RP[:, :-1]], axis=1)
         share_R = self._quoted_hypervolume(member_RP) / self.quoted_before
         under_RP = member_RP & (self.asr_P <= CEILING)
         within_RP = member_RP & (self.top1_P >= self.before - POINTS_LOST - fronts.SLACK)
@@ -84,7 +165,7 @@ class Pool:
         return np.sum(widths_P * (1.0 - lowest_RP), axis=1)
 
 
-def pool(rows: Sequence[Row], trials: Iterable[Row], *, model: Sequence[Row] | None = None) -> Pool | None:
+def pool(rows: Iterable[Row], trials: Iterable[Row] | Standing, *, model: Iterable[Row] | None = None) -> Pool | None:
     """Gather the points of one group; None without a trial, or without the poisoned model's accuracy.
 
     Args:
@@ -92,45 +173,53 @@ def pool(rows: Sequence[Row], trials: Iterable[Row], *, model: Sequence[Row] | N
         trials: rows of the `trials` table, for the order in which equal points are preferred.
         model: rows of all methods on the same poisoned model, which is compared with; default: `rows`.
     """
-    splits = fronts.halves(rows)
-    before, quoted_before = (fronts.baseline(model or rows, split)[0] for split in (splits[0], splits[-1]))
-    order = fronts.trial_order(trials)
-    by_trial: dict[str, list[Row]] = {}
-    start: Row | None = None
-    for row in fronts.candidates(rows, "any_epoch", order):
-        if row["epoch"] > 0:
-            by_trial.setdefault(row["trial_id"], []).append(row)
-        elif start is None:
-            start = row
-    if not by_trial or start is None or not (before > 0 and quoted_before > 0):
+    points = Points.of(rows)
+    standing, splits = Standing.of(points, trials), fronts.halves(points)
+    everyone = points if model is None else Points.of(model)
+    before, quoted_before = (fronts.baseline(everyone, split)[0] for split in (splits[0], splits[-1]))
+    competes_N = fronts.candidates(points, "any_epoch", standing)
+    cleaned_N = points.column("epoch") > 0
+    starts, cleaned = np.flatnonzero(competes_N & ~cleaned_N), np.flatnonzero(competes_N & cleaned_N)
+    if not len(starts) or not len(cleaned) or not (before > 0 and quoted_before > 0):
         return None
-    points = [(-1, start)]
-    for number, course in enumerate(by_trial.values()):
-        # What a trial's own front leaves out is on no front that the trial is part of.
-        kept = pareto.front([r["zeroshot_top1"] for r in course], [r["asr_top1"] for r in course])
-        points += [(number, course[i]) for i in sorted(kept)]
-    quoted = {(r["trial_id"], r["epoch"]): r for r in rows if r["split"] == splits[-1]}
-    points.sort(key=lambda point: (-point[1]["zeroshot_top1"], point[1]["asr_top1"]))
-    chosen = [row for _, row in points]
-    elsewhere = [quoted[row["trial_id"], row["epoch"]] for row in chosen]
+    trial_N = points.column("trial_id")
+    start = starts[standing.rank_T[trial_N[starts]] == standing.rank_T[trial_N[starts]].min()]
+    start = standing.order(points, start)[:1]
+    taking_part_T = np.zeros(len(standing.rank_T), dtype=bool)
+    taking_part_T[standing.rank_T[trial_N[cleaned]]] = True
+    number_T = (np.cumsum(taking_part_T) - 1)[standing.rank_T]
+    top1_N, asr_N = points.column("zeroshot_top1"), points.column("asr_top1")
+    # What the poisoned model beats is on no front.
+    cleaned = cleaned[(top1_N[cleaned] > top1_N[start]) | (asr_N[cleaned] < asr_N[start])]
+    cleaned = standing.order(points, cleaned)
+    chosen = np.concatenate([start, cleaned])
+    number_P = np.concatenate([[-1], number_T[trial_N[cleaned]]])
+    order = np.lexsort((asr_N[chosen], -top1_N[chosen]))
+    chosen, number_P = chosen[order], number_P[order]
+    quoted = _elsewhere(points, chosen, splits[-1])
     return Pool(
-        trial_P=np.array([number for number, _ in points]),
-        top1_P=np.array([row["zeroshot_top1"] for row in chosen]),
-        asr_P=np.array([row["asr_top1"] for row in chosen]),
-        quoted_top1_P=np.array([row["zeroshot_top1"] for row in elsewhere]),
-        quoted_asr_P=np.array([row["asr_top1"] for row in elsewhere]),
-        num_trials=len(by_trial),
+        trial_P=number_P,
+        top1_P=top1_N[chosen],
+        asr_P=asr_N[chosen],
+        quoted_top1_P=top1_N[quoted],
+        quoted_asr_P=asr_N[quoted],
+        num_trials=int(taking_part_T.sum()),
         before=before,
         quoted_before=quoted_before,
     )
 
 
-def _draw(pool: Pool, count: int, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Return which trials are in each of `count` draws with replacement, shape [count, T]."""
-    drawn_RT = generator.integers(0, pool.num_trials, size=(count, pool.num_trials))
-    included_RT = np.zeros(drawn_RT.shape, dtype=bool)
-    np.put_along_axis(included_RT, drawn_RT, values=True, axis=1)
-    return included_RT
+def _elsewhere(points: Points, chosen: NDArray[np.int64], split: str) -> NDArray[np.int64]:
+    """Return the rows of the same trials and epochs on another half; the last, should there be several."""
+    key_N, _ = points.key("trial_id", "epoch")
+    there = np.flatnonzero(points.having("split", split))[::-1]
+    order = np.argsort(key_N[there], kind="stable")
+    there = there[order]
+    place = np.searchsorted(key_N[there], key_N[chosen])
+    found = there[np.minimum(place, len(there) - 1)]
+    if not (key_N[found] == key_N[chosen]).all():
+        raise KeyError(f"points that are not on the {split} half")
+    return found
 
 
 def compare(
@@ -169,7 +258,7 @@ def compare(
         values_RKM = np.empty((resamples, runs, len(Measure)))
         for k, pool in enumerate(pools[name]):
             here_RK = runs_RK == k
-            values_RKM[here_RK] = pool.values(_draw(pool, int(here_RK.sum()), generator))
+            values_RKM[here_RK] = pool.resampled(int(here_RK.sum()), generator)
         resampled[name] = values_RKM.mean(axis=1)
     return [
         {

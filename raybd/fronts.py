@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raybd import pareto
+from raybd.columns import grouped
 from raybd.metrics import SPLITS
+from raybd.points import Points, Row
+from raybd.points import standing as trial_standing
 
-Row = Mapping[str, Any]
 Key = tuple[str, str, str]
 KINDS = ("any_epoch", "final")
 # The half on which points are chosen and the one on which they are quoted; or the only one, for both.
@@ -22,6 +26,7 @@ WITHIN_POINTS = (0.5, 1, 2, 3, 5, 10)
 CEILINGS = (0.01, 0.05, 0.10)
 # Accuracies are shares of counted images: less than this apart they are the same.
 SLACK = 1e-12
+_KEY = ("objective", "pretrain_id", "method")
 _POINT = ("trial_id", "epoch", "zeroshot_top1", "asr_top1")
 _SAME = ("study", "study_hash", "pretrain_id", "objective", *_POINT)
 
@@ -43,61 +48,85 @@ def halves(rows: Iterable[Row]) -> tuple[str, ...]:
 
     A study has `search` and `report`. Results of others, in which every image was counted once, have `all` alone.
     """
-    return HALVES if any(row["split"] == "search" for row in rows) else WHOLE
+    return HALVES if Points.of(rows).having("split", "search").any() else WHOLE
 
 
-def groups(epochs: Iterable[Row]) -> dict[Key, list[Row]]:
+def groups(epochs: Iterable[Row]) -> dict[Key, Points]:
     """Return the rows by (objective, pretrain_id, method); those of several methods are also together, as `all`."""
-    found: dict[Key, list[Row]] = defaultdict(list)
-    for row in epochs:
-        found[row["objective"], row["pretrain_id"], row["method"]].append(row)
+    points = Points.of(epochs)
+    found: dict[Key, NDArray[np.int64]] = {}
+    for index in grouped(*points.key(*_KEY)):
+        # Texts of a group stand in its first row.
+        objective, pretrain_id, method = (points.texts[name][points.column(name)[index[0]]] for name in _KEY)
+        found[objective, pretrain_id, method] = index
     methods = Counter(key[:2] for key in found)
-    for key, rows in list(found.items()):
-        if methods[key[:2]] > 1:
-            found[*key[:2], ALL_METHODS] += rows
-    return dict(sorted(found.items(), key=lambda item: (item[0][:2], item[0][2] != ALL_METHODS, item[0][2])))
+    for model, count in methods.items():
+        if count > 1:
+            own = [found[key] for key in found if key[:2] == model]
+            found[*model, ALL_METHODS] = np.concatenate(own)
+    ordered = sorted(found.items(), key=lambda item: (item[0][:2], item[0][2] != ALL_METHODS, item[0][2]))
+    return {key: points if len(found) == 1 else points.take(index) for key, index in ordered}
 
 
-def trial_order(trials: Iterable[Row]) -> dict[str, int]:
-    """Return the place of each trial: of equal points that of the lowest number is preferred."""
-    return {row["trial_id"]: row["number"] for row in trials if row["number"] is not None}
+@dataclass(frozen=True)
+class Standing:
+    """What the table `trials` says of the trials whose codes some points have.
+
+    Attributes:
+        rank_T: the place of each trial: of equal points that of the lowest number is preferred.
+        unfinished_T: trials that did not come to their end: their last epoch is only where they stopped.
+    """
+
+    rank_T: NDArray[np.int64]
+    unfinished_T: NDArray[np.bool_]
+
+    @staticmethod
+    def of(points: Points, trials: Iterable[Row] | Standing) -> Standing:
+        """Return the standing of these points' trials."""
+        if isinstance(trials, Standing):
+            return trials
+        ids = [name or "" for name in points.texts["trial_id"]]
+        codes = {name: code for code, name in enumerate(ids)}
+        row_N, names, number_N, complete_N = trial_standing(trials)
+        code_N = np.array([codes.get(name or "", -1) for name in names], dtype=np.int64)[row_N]
+        number_T, unfinished_T = np.full(len(ids), 1 << 60), np.zeros(len(ids), dtype=bool)
+        numbered_N = (code_N >= 0) & (number_N >= 0)
+        number_T[code_N[numbered_N]] = number_N[numbered_N]
+        unfinished_T[code_N[(code_N >= 0) & ~complete_N]] = True
+        id_T = np.empty(len(ids), dtype=np.int64)
+        id_T[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+        rank_T = np.empty(len(ids), dtype=np.int64)
+        rank_T[np.lexsort((id_T, number_T))] = np.arange(len(ids))
+        return Standing(rank_T, unfinished_T)
+
+    def order(self, points: Points, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return rows of these points in the order in which equal ones are preferred: by trial, then by epoch."""
+        rank_N, epoch_N = self.rank_T[points.column("trial_id")[rows]], points.column("epoch")[rows]
+        key_N = rank_N * (int(epoch_N.max(initial=0)) + 1) + epoch_N
+        return rows[np.argsort(key_N, kind="stable")]
 
 
-def candidates(rows: Iterable[Row], kind: str, order: Mapping[str, int], unfinished: Collection[str] = ()) -> list[Row]:
-    """Return the rows that compete, as scored on the half that points are chosen on.
+def candidates(points: Points, kind: str, standing: Standing) -> NDArray[np.bool_]:
+    """Say which rows compete: of the half that points are chosen on, shape [N].
 
     Args:
-        rows: rows of the `epochs` table, of one group.
+        points: of one group.
         kind: `any_epoch`, or `final`: the last epoch of each trial that came to its end. The uncleaned model counts
             in both; a point made without training (one that has an `alpha`) only in the first.
-        order: what `trial_order` gives.
-        unfinished: trials that did not come to their end.
+        standing: of their trials.
     """
-    rows = list(rows)
-    chosen_on = halves(rows)[0]
-    searched = sorted(
-        (row for row in rows if row["split"] == chosen_on),
-        key=lambda row: (order.get(row["trial_id"], 1 << 60), row["trial_id"], row["epoch"]),
-    )
+    searched_N = points.having("split", halves(points)[0])
     if kind == "any_epoch":
-        return searched
-    trained = [row for row in searched if row.get("alpha") is None]
-    last: dict[str, int] = {}
-    for row in trained:
-        last[row["trial_id"]] = max(row["epoch"], last.get(row["trial_id"], 0))
-    return [
-        row
-        for row in trained
-        if row["epoch"] == 0 or (row["epoch"] == last[row["trial_id"]] and row["trial_id"] not in unfinished)
-    ]
+        return searched_N
+    trained_N = searched_N & ~points.column("mixed")
+    trial_N, epoch_N = points.column("trial_id"), points.column("epoch")
+    last_T = np.zeros(len(standing.rank_T), dtype=np.int64)
+    np.maximum.at(last_T, trial_N[trained_N], epoch_N[trained_N])
+    ended_N = (epoch_N == last_T[trial_N]) & ~standing.unfinished_T[trial_N]
+    return np.asarray(trained_N & ((epoch_N == 0) | ended_N))
 
 
-def unfinished_trials(trials: Iterable[Row]) -> set[str]:
-    """Return the trials that did not come to their end: their last epoch is only where they stopped."""
-    return {row["trial_id"] for row in trials if row.get("state", "complete") != "complete"}
-
-
-def compute(epochs: Iterable[Row], trials: Iterable[Row]) -> list[dict[str, Any]]:
+def compute(epochs: Iterable[Row], trials: Iterable[Row] | Standing) -> list[dict[str, Any]]:
     """Compute every front of a run.
 
     Which points form a front is decided on the `search` half alone; the rows of the `report` half are the same
@@ -111,24 +140,29 @@ def compute(epochs: Iterable[Row], trials: Iterable[Row]) -> list[dict[str, Any]
     Returns: rows of the `fronts` table, by objective, method, kind, split and rising accuracy on the search half.
         Where a model was cleaned by several methods, `method` is `all` in the rows of the front over all of them.
     """
-    known = list(trials)
-    order, unfinished = trial_order(known), unfinished_trials(known)
+    every = Points.of(epochs)
+    standing = Standing.of(every, trials)
     found: list[dict[str, Any]] = []
     before: dict[tuple[str, str, str], tuple[float, float]] = {}
     # The group of all methods comes first, so all groups of a model have one baseline.
-    for (objective, pretrain_id, method), rows in groups(epochs).items():
-        by_point = {(row["trial_id"], row["epoch"], row["split"]): row for row in rows}
+    for (objective, pretrain_id, method), points in groups(every).items():
         for kind in KINDS:
-            competing = candidates(rows, kind, order, unfinished)
-            if not competing:
+            competing = np.flatnonzero(candidates(points, kind, standing))
+            if not len(competing):
                 continue
-            kept = pareto.front([r["zeroshot_top1"] for r in competing], [r["asr_top1"] for r in competing])
-            members = [competing[i] for i in kept]
-            for split in halves(rows):
-                points = [by_point[row["trial_id"], row["epoch"], split] for row in members]
+            top1_N, asr_N = points.column("zeroshot_top1"), points.column("asr_top1")
+            competing = competing[pareto.contenders(top1_N[competing], asr_N[competing])]
+            competing = standing.order(points, competing)
+            kept = competing[pareto.front(top1_N[competing], asr_N[competing])]
+            members = list(points.take(kept))
+            by_point = {(row["trial_id"], row["epoch"], row["split"]): row for row in points.same_points(kept)}
+            for split in halves(points):
+                rows = [by_point[row["trial_id"], row["epoch"], split] for row in members]
                 same = {"method": method, "kind": kind, "split": split}
                 model = (objective, pretrain_id, split)
-                found += _front_rows(points, same, before.setdefault(model, baseline(rows, split)))
+                if model not in before:
+                    before[model] = baseline(points, split)
+                found += _front_rows(rows, same, before[model])
     return found
 
 
@@ -138,8 +172,12 @@ def baseline(rows: Iterable[Row], split: str) -> tuple[float, float]:
     Of several measurements (published runs measured it anew each time) the most accurate, so that no point is said
     to cost less than it may have; the order of the rows does not matter.
     """
-    measured = [(r["zeroshot_top1"], r["asr_top1"]) for r in rows if r["epoch"] == 0 and r["split"] == split]
-    return max(measured, default=(float("nan"), float("nan")))
+    points = Points.of(rows)
+    measured_N = points.having("split", split) & (points.column("epoch") == 0)
+    if not measured_N.any():
+        return float("nan"), float("nan")
+    top1_N, asr_N = points.column("zeroshot_top1")[measured_N], points.column("asr_top1")[measured_N]
+    return float(top1_N.max()), float(asr_N[top1_N == top1_N.max()].max())
 
 
 def _front_rows(points: Sequence[Row], same: Row, before: tuple[float, float]) -> list[dict[str, Any]]:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from raybd import fronts, pareto
-from raybd.fronts import Row
+from raybd import fronts
+from raybd.columns import combined
+from raybd.fronts import Standing
+from raybd.points import Floats, Points, Row
 
 # A step counts as unstable only beyond these: smaller ones are noise, and tell no two objectives apart.
 TOP1_TOLERANCE, ASR_TOLERANCE = 0.001, 0.01
@@ -39,9 +41,13 @@ def unstable_steps(
         top1, asr: fractions by epoch, shape [E]; there are E - 1 steps.
         top1_tolerance, asr_tolerance: fractions.
     """
+    return int(np.sum(_worse(top1, asr, top1_tolerance, asr_tolerance)))
+
+
+def _worse(top1: ArrayLike, asr: ArrayLike, top1_tolerance: float, asr_tolerance: float) -> NDArray[np.bool_]:
     fall_S = -np.diff(np.asarray(top1, dtype=np.float64))
     rise_S = np.diff(np.asarray(asr, dtype=np.float64))
-    return int(np.sum((fall_S > top1_tolerance + fronts.SLACK) & (rise_S > asr_tolerance + fronts.SLACK)))
+    return np.asarray((fall_S > top1_tolerance + fronts.SLACK) & (rise_S > asr_tolerance + fronts.SLACK))
 
 
 def rebound(asr: Sequence[float]) -> float:
@@ -66,42 +72,64 @@ def instability(
             its epochs (0 the poisoned model, 1 the last epoch): mean and median over trials.
         by_trial: the same of each trial.
     """
-    courses: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["epoch"]):
-        if row.get("alpha") is None:
-            courses[row["trial_id"]].append(row)
-    found = []
-    for trial_id, course in courses.items():
-        if course[-1]["epoch"] == 0:
-            continue
-        top1, asr = [row["zeroshot_top1"] for row in course], [row["asr_top1"] for row in course]
-        best = course[pareto.largest_area(top1, asr)]["epoch"]
-        found.append(
-            {
-                "trial_id": trial_id,
-                "steps": len(course) - 1,
-                "unstable_steps": unstable_steps(top1, asr, top1_tolerance=top1_tolerance, asr_tolerance=asr_tolerance),
-                "rebound": rebound(asr),
-                "best_epoch": best,
-                "best_at": best / course[-1]["epoch"],
-            }
-        )
-    if not found:
+    points = Points.of(rows)
+    points = points.take(~points.column("mixed"))
+    found = _courses(points, top1_tolerance, asr_tolerance)
+    if not found["trial_id"]:
         return None
-    steps, unstable = sum(t["steps"] for t in found), sum(t["unstable_steps"] for t in found)
-    places = [trial["best_at"] for trial in found]
+    steps, unstable = sum(found["steps"]), sum(found["unstable_steps"])
     return {
         "top1_tolerance": top1_tolerance,
         "asr_tolerance": asr_tolerance,
-        "trials": len(found),
+        "trials": len(found["trial_id"]),
         "steps": steps,
         "unstable_steps": unstable,
         # A run that resumed from a lone row has no step.
         "unstable_share": unstable / steps if steps else None,
-        "rebound": statistics.fmean(trial["rebound"] for trial in found),
-        "best_at": statistics.fmean(places),
-        "best_at_median": statistics.median(places),
-        "by_trial": found,
+        "rebound": statistics.fmean(found["rebound"]),
+        "best_at": statistics.fmean(found["best_at"]),
+        "best_at_median": statistics.median(found["best_at"]),
+        "by_trial": [dict(zip(found, trial, strict=True)) for trial in zip(*found.values(), strict=True)],
+    }
+
+
+def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> dict[str, list[Any]]:
+    """Return what `instability` says of each trial, column by column, in the order of their first epochs."""
+    trial_N, epoch_N = points.column("trial_id"), points.column("epoch")
+    if not len(points):
+        return {"trial_id": []}
+    # By the first epoch of a trial, then by the first row that has it, then by epoch.
+    first_T = np.full(len(points.texts["trial_id"]), np.iinfo(np.int64).max)
+    np.minimum.at(first_T, trial_N, epoch_N)
+    firsts = np.flatnonzero(epoch_N == first_T[trial_N])
+    row_T = np.zeros(len(first_T), dtype=np.int64)
+    row_T[trial_N[firsts][::-1]] = firsts[::-1]
+    trials = np.unique(trial_N)
+    trials = trials[np.lexsort((row_T[trials], first_T[trials]))]
+    place_T = np.zeros(len(first_T), dtype=np.int64)
+    place_T[trials] = np.arange(len(trials))
+    key_N, _ = combined([(place_T[trial_N], len(trials)), (epoch_N, int(epoch_N.max()) + 1)])
+    courses = points.take(np.argsort(key_N, kind="stable"))
+    epoch_N, top1_N, asr_N = (courses.column(name) for name in ("epoch", "zeroshot_top1", "asr_top1"))
+    length_T = np.bincount(place_T[trial_N], minlength=len(trials))
+    end_T = np.cumsum(length_T)
+    start_T = end_T - length_T
+    worse_N = np.zeros(len(courses), dtype=bool)
+    worse_N[1:] = _worse(top1_N, asr_N, top1_tolerance, asr_tolerance)
+    worse_N[start_T] = False  # from one trial to the next is no step
+    area_N = top1_N * (1.0 - asr_N)
+    largest_N = np.flatnonzero(area_N == np.maximum.reduceat(area_N, start_T).repeat(length_T))
+    best_T = epoch_N[largest_N[np.searchsorted(largest_N, start_T)]]  # of equals the first
+    last_T = epoch_N[end_T - 1]
+    trained_T = last_T > 0
+    texts = courses.texts["trial_id"]
+    return {
+        "trial_id": [texts[code] for code in courses.column("trial_id")[start_T[trained_T]].tolist()],
+        "steps": (length_T - 1)[trained_T].tolist(),
+        "unstable_steps": np.add.reduceat(worse_N, start_T, dtype=np.int64)[trained_T].tolist(),
+        "rebound": (asr_N[end_T - 1] - np.minimum.reduceat(asr_N, start_T))[trained_T].tolist(),
+        "best_epoch": best_T[trained_T].tolist(),
+        "best_at": (best_T[trained_T] / last_T[trained_T]).tolist(),
     }
 
 
@@ -126,26 +154,38 @@ def regret(top1: float, asr: float, front: Iterable[Row]) -> dict[str, float]:
     }
 
 
-def _quoted(row: Row, rows: Iterable[Row], members: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Return a point with its scores and its regret on each half."""
-    own = {r["split"]: r for r in rows if (r["trial_id"], r["epoch"]) == (row["trial_id"], row["epoch"])}
-    return {
-        "trial_id": row["trial_id"],
-        "epoch": row["epoch"],
-        "method": row["method"],
-        "scores": {
-            split: {
-                "zeroshot_top1": r["zeroshot_top1"],
-                "asr_top1": r["asr_top1"],
-                **regret(r["zeroshot_top1"], r["asr_top1"], members[split]),
-            }
-            for split, r in own.items()
-        },
-    }
+def _quoted(points: Points, chosen: NDArray[np.int64], members: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """Return points, given by their rows, each with its scores and its regret on each half."""
+    own: dict[tuple[str, int], dict[str, Row]] = defaultdict(dict)
+    for row in points.same_points(chosen):
+        own[row["trial_id"], row["epoch"]][row["split"]] = row
+    return [
+        {
+            "trial_id": row["trial_id"],
+            "epoch": row["epoch"],
+            "method": row["method"],
+            "scores": {
+                split: {
+                    "zeroshot_top1": r["zeroshot_top1"],
+                    "asr_top1": r["asr_top1"],
+                    **regret(r["zeroshot_top1"], r["asr_top1"], members.get(split, ())),
+                }
+                for split, r in own[row["trial_id"], row["epoch"]].items()
+            },
+        }
+        for row in points.take(chosen)
+    ]
+
+
+def _by_split(front: Iterable[Row]) -> dict[str, list[Row]]:
+    members: dict[str, list[Row]] = defaultdict(list)
+    for row in front:
+        members[row["split"]].append(row)
+    return members
 
 
 def defenders_choice(
-    rows: Sequence[Row], trials: Sequence[Row], front: Iterable[Row]
+    rows: Iterable[Row], trials: Iterable[Row] | Standing, front: Iterable[Row]
 ) -> dict[str, dict[str, Any] | None]:
     """Return what a defender who does not know the trigger would have taken from a group, and the regret of it.
 
@@ -163,32 +203,29 @@ def defenders_choice(
     Returns: for each rule trial, epoch, and by half the scores with what `regret` gives;
         None where no point has what the rule looks at.
     """
-    order, unfinished = fronts.trial_order(trials), fronts.unfinished_trials(trials)
-    members: dict[str, list[Row]] = defaultdict(list)
-    for row in front:
-        members[row["split"]].append(row)
+    points = Points.of(rows)
+    standing = Standing.of(points, trials)
+    members = _by_split(front)
+    # An alpha of 0 is the poisoned model itself.
+    cleaned_N = (points.column("epoch") > 0) & (points.column("alpha") != 0)
+    every_N, final_N = (cleaned_N & fronts.candidates(points, kind, standing) for kind in fronts.KINDS)
+    top1_N, loss_N = points.column("zeroshot_top1"), points.column("loss")
 
-    def competing(kind: str) -> list[Row]:
-        # An alpha of 0 is the poisoned model itself.
-        found = fronts.candidates(rows, kind, order, unfinished)
-        return [row for row in found if row["epoch"] > 0 and row.get("alpha") != 0]
+    def best(competing_N: NDArray[np.bool_], score_N: Floats) -> dict[str, Any] | None:
+        found = np.flatnonzero(competing_N)
+        if not len(found):
+            return None
+        found = found[score_N[found] == score_N[found].max()]
+        return _quoted(points, standing.order(points, found)[:1], members)[0]
 
-    def best(found: Sequence[Row], score: Callable[[Row], float]) -> dict[str, Any] | None:
-        return _quoted(max(found, key=score), rows, members) if found else None
-
-    every = competing("any_epoch")
     return {
-        Rule.LOWEST_LOSS.value: best([r for r in every if _finite(r.get("loss"))], lambda row: -row["loss"]),
-        Rule.HIGHEST_TOP1.value: best(every, lambda row: row["zeroshot_top1"]),
-        Rule.LAST_EPOCH.value: best(competing("final"), lambda row: row["zeroshot_top1"]),
+        Rule.LOWEST_LOSS.value: best(every_N & np.isfinite(loss_N), -loss_N),
+        Rule.HIGHEST_TOP1.value: best(every_N, top1_N),
+        Rule.LAST_EPOCH.value: best(final_N, top1_N),
     }
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and bool(np.isfinite(value))
-
-
-def refresh_baseline(rows: Sequence[Row], front: Iterable[Row]) -> list[dict[str, Any]]:
+def refresh_baseline(rows: Iterable[Row], front: Iterable[Row]) -> list[dict[str, Any]]:
     """Return the points that only had their BatchNorm statistics refreshed, best first: a baseline of its own.
 
     Args:
@@ -198,11 +235,14 @@ def refresh_baseline(rows: Sequence[Row], front: Iterable[Row]) -> list[dict[str
     Returns: trial, epoch, scores by half with how far the front is ahead (`regret`), by falling accuracy x (1 - ASR)
         on the search half. Empty if no trial has the method.
     """
-    members: dict[str, list[Row]] = defaultdict(list)
-    for row in front:
-        members[row["split"]].append(row)
-    refreshed = [row for row in rows if row["method"] == REFRESH and row["epoch"] > 0]
-    chosen_on = fronts.halves(rows)[0]
-    points = [row for row in refreshed if row["split"] == chosen_on]
-    points.sort(key=lambda row: (-row["zeroshot_top1"] * (1 - row["asr_top1"]), row["trial_id"], row["epoch"]))
-    return [_quoted(row, refreshed, members) for row in points]
+    points = Points.of(rows)
+    chosen_on = fronts.halves(points)[0]
+    points = points.take(points.having("method", REFRESH) & (points.column("epoch") > 0))
+    if not len(points):
+        return []
+    chosen = [
+        (-row["zeroshot_top1"] * (1 - row["asr_top1"]), row["trial_id"], row["epoch"], place)
+        for place, row in enumerate(points)
+        if row["split"] == chosen_on
+    ]
+    return _quoted(points, np.array([place for *_, place in sorted(chosen)], dtype=np.int64), _by_split(front))

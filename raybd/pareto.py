@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_FEW = 1000  # points are sorted as they are
+
 
 def _points(top1: ArrayLike, asr: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     accuracy_N, asr_N = np.asarray(top1, dtype=np.float64), np.asarray(asr, dtype=np.float64)
@@ -29,13 +31,32 @@ def front(top1: ArrayLike, asr: ArrayLike) -> NDArray[np.int64]:
     """
     accuracy_N, asr_N = _points(top1, asr)
     # By falling accuracy, then rising ASR, then position: a point stays if its ASR is below all before it.
-    order = np.lexsort((np.arange(len(asr_N)), asr_N, -accuracy_N))
-    kept, lowest = [], np.inf
-    for i in order:
-        if asr_N[i] < lowest:
-            kept.append(i)
-            lowest = asr_N[i]
-    return np.asarray(kept[::-1], dtype=np.int64)
+    some = contenders(accuracy_N, asr_N)
+    order = some[np.lexsort((asr_N[some], -accuracy_N[some]))]
+    return order[records(asr_N[order])][::-1]
+
+
+def records(asr: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places of the values that are below all before them: of points by falling accuracy, the front."""
+    before = np.concatenate(([np.inf], np.minimum.accumulate(asr)[:-1]))
+    return np.flatnonzero(asr < before)
+
+
+def contenders(top1: NDArray[np.float64], asr: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices, rising, of points among which are all that no other beats, and all that equal those.
+
+    Of many points most are beaten by one of a few: the rest need not be sorted.
+    """
+    if len(top1) <= _FEW:
+        return np.arange(len(top1))
+    sample = slice(None, None, -(-len(top1) // _FEW))
+    few = front(top1[sample], asr[sample])
+    few_top1, few_asr = top1[sample][few], asr[sample][few]
+    # Along a front ASR rises with accuracy: of members at least as accurate the first has the lowest ASR.
+    place_N = np.searchsorted(few_top1, top1)
+    best_N = np.append(few_asr, np.inf)[place_N]
+    equal_N = (asr == best_N) & (top1 == np.append(few_top1, np.inf)[place_N])
+    return np.flatnonzero((asr < best_N) | equal_N)
 
 
 def hypervolume(top1: ArrayLike, asr: ArrayLike) -> float:

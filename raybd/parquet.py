@@ -14,9 +14,10 @@ _TAIL = 8  # length of the footer, 4 bytes, and the mark at the end of a file
 # A few kilobytes may stand for any number of rows, and for any length of text in them.
 _MAX_CELLS = 20_000_000  # rows x columns
 _MAX_BYTES = 256 << 20  # of a file unpacked, and of all its texts
+_SMALL = 1 << 20
 
 
-def read(content: bytes, *, where: str, columns: Collection[str]) -> pa.Table:
+def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool = False) -> pa.Table:
     """Return a Parquet file's columns as Parquet has them: numbers, texts, times; and its key-value metadata.
 
     The Arrow schema that a file may embed is not looked at: it can name extension types, and a process that has
@@ -24,23 +25,28 @@ def read(content: bytes, *, where: str, columns: Collection[str]) -> pa.Table:
 
     Args:
         columns: those to read; some may be missing.
+        encoded: leave texts as dictionaries, which takes less time and memory where many are the same.
 
     Errors: DataError.
     """
     start = max(0, len(content) - _TAIL - int.from_bytes(content[-_TAIL:-4], "little"))
     # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length.
-    plain = content[:start] + content[start:].replace(b"ARROW:schema", b"other:schema")
+    plain = bytearray(content)
+    plain[start:] = content[start:].replace(b"ARROW:schema", b"other:schema")
     try:
         file = pq.ParquetFile(pa.BufferReader(plain), arrow_extensions_enabled=False)
         found = [field for field in file.schema_arrow if field.name in columns]
         texts = [field.name for field in found if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
         _check(file.metadata, found, where)
-        file = pq.ParquetFile(pa.BufferReader(plain), arrow_extensions_enabled=False, read_dictionary=texts)
-        table = file.read(columns=[field.name for field in found])
+        whole = {"metadata": file.metadata, "arrow_extensions_enabled": False}
+        file = pq.ParquetFile(pa.BufferReader(plain), read_dictionary=texts, **whole)
+        # Threads cost more than they bring where there is little to read.
+        table = file.read(columns=[field.name for field in found], use_threads=len(content) > _SMALL)
         length = sum(_length(chunk) for name in texts for chunk in table.column(name).chunks)
         if length > _MAX_BYTES:
             raise DataError(f"{length} bytes of text", where=where, expected=f"at most {_MAX_BYTES}")
-        table = table.cast(pa.schema(found, metadata=table.schema.metadata))
+        kept = [table.schema.field(f.name) if encoded and pa.types.is_string(f.type) else f for f in found]
+        table = table.cast(pa.schema(kept, metadata=table.schema.metadata))
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"not a readable Parquet file: {error}", where=where) from None

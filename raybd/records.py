@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from raybd.ledger import Entry, State, reading
 from raybd.metrics import SPLITS, Counts
-from raybd.study import TERMS
 from raybd.tables import SETTINGS
+from raybd.terms import TERMS
 
 Row = dict[str, Any]
 Rows = TypeVar("Rows")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from raybd import parquet, table_rules
 from raybd.errors import DataError
 from raybd.store import Store
-from raybd.study import TERMS
+from raybd.terms import TERMS
 
 SCHEMA_VERSION = 2
+_SOME_PARTS = 16  # beyond, columns in one piece are faster
 
 _text, _int, _float, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us", tz="UTC")
 
@@ -254,34 +255,74 @@ def _utf8(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-def read(store: Store, table: str) -> pa.Table:
+def read(store: Store, table: str, *, encoded: bool = False) -> pa.Table:
     """Read all parts of a table, in the order of their names; empty if there is none.
+
+    Args:
+        encoded: leave texts as dictionaries, which takes less time and memory where many are the same.
 
     Errors: DataError that names a part which is damaged, written by another raybd, or has rows that cannot be.
     """
     schema = SCHEMAS[table]
-    found = []
-    for name in store.names(f"tables/{table}", suffix=".parquet"):
-        where = store.path(name)
-        part = parquet.read(store.get(name), where=where, columns=schema.names)
-        version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")
-        if version != str(SCHEMA_VERSION).encode():
-            raise DataError(
-                f"schema version {version.decode(errors='replace') or 'missing'}",
-                where=where,
-                expected=f"version {SCHEMA_VERSION}",
-                fix="read it with the raybd that wrote it, or remove the part",
-            )
-        missing = [field for field in schema.names if field not in part.schema.names]
-        if missing:
-            raise DataError(f"columns missing: {', '.join(missing)}", where=where)
-        try:
-            rows = part.select(schema.names).cast(schema)
-        except pa.ArrowException as error:
-            raise DataError(f"columns of other types: {error}", where=where) from None
-        table_rules.check(rows, table=table, where=where)
-        found.append(rows)
-    if table == "epochs" and found:
-        points = [rows.select(table_rules.POINT).to_pylist() for rows in found]
-        table_rules.check_points(itertools.chain.from_iterable(points), where=store.path(f"tables/{table}"))
-    return pa.concat_tables(found).replace_schema_metadata() if found else schema.empty_table()
+    found: list[tuple[str, pa.Table]] = []
+    try:
+        for name in store.names(f"tables/{table}", suffix=".parquet"):
+            where = store.path(name)
+            found.append((where, _part(store.get(name), schema, where)))
+    except DataError:
+        _check(found, table)  # what is wrong in an earlier part is told first
+        raise
+    if not found:
+        return schema.empty_table()
+    rows = _check(found, table)
+    if table == "epochs":
+        table_rules.check_points(rows, where=store.path(f"tables/{table}"))
+    return rows if encoded else rows.cast(schema)
+
+
+def _part(content: bytes, schema: pa.Schema, where: str) -> pa.Table:
+    """Return a part of a table, texts as dictionaries. Errors: DataError."""
+    part = parquet.read(content, where=where, columns=schema.names, encoded=True)
+    version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")
+    if version != str(SCHEMA_VERSION).encode():
+        raise DataError(
+            f"schema version {version.decode(errors='replace') or 'missing'}",
+            where=where,
+            expected=f"version {SCHEMA_VERSION}",
+            fix="read it with the raybd that wrote it, or remove the part",
+        )
+    missing = [field for field in schema.names if field not in part.schema.names]
+    if missing:
+        raise DataError(f"columns missing: {', '.join(missing)}", where=where)
+    own = _encoded(schema)
+    rows = part.select(schema.names).replace_schema_metadata()
+    if rows.schema == own:
+        return rows
+    try:
+        return rows.cast(schema).cast(own)
+    except pa.ArrowException as error:
+        raise DataError(f"columns of other types: {error}", where=where) from None
+
+
+@cache
+def _encoded(schema: pa.Schema) -> pa.Schema:
+    """Return a schema with its texts as dictionaries."""
+    encoded = pa.dictionary(pa.int32(), _text)
+    return pa.schema([field.with_type(encoded) if field.type == _text else field for field in schema])
+
+
+def _check(parts: Sequence[tuple[str, pa.Table]], table: str) -> pa.Table:
+    """Return all parts as one table. Errors: DataError on rows that cannot be, of the first part that has some."""
+    if not parts:
+        return SCHEMAS[table].empty_table()
+    rows = pa.concat_tables([part for _, part in parts])
+    try:
+        rows = rows.unify_dictionaries()
+        rows = rows.combine_chunks() if len(parts) > _SOME_PARTS else rows
+        table_rules.check(rows, table=table, where="")
+    except (DataError, pa.ArrowException):
+        # At once is faster by far where there are many parts; which one it is, the parts say. Arrow gives up where
+        # their texts together are longer than 2 GB.
+        for where, part in parts:
+            table_rules.check(part.cast(SCHEMAS[table]), table=table, where=where)
+    return rows

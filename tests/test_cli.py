@@ -104,6 +104,22 @@ def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None
     assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["pareto", "--help"], ["data", "import", "--help"], []])
+def test_help_loads_what_it_shows_and_no_more(arguments: list[str]) -> None:
+    loaded = loaded_by(arguments)
+    assert not loaded & {"yaml", "rich", "numpy", "pyarrow"}
+    # typer itself has arguments of a command read by pydantic.
+    assert "pydantic" not in loaded or arguments == ["pareto", "--help"]
+
+
+def test_help_shows_the_sentence_of_every_command_whole() -> None:
+    for arguments in (["--help"], ["data", "--help"], ["data", "import", "--help"]):
+        shown = runner.invoke(app, arguments, env={"COLUMNS": "60"}).output
+        assert "..." not in shown
+    whole = " ".join(runner.invoke(app, ["--help"]).output.split())
+    assert "studies List the studies that come along, each with the first line of its file." in whole
+
+
 def test_pareto_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.put("study.json", b"{}")

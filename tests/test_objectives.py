@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raybd.objectives import Loss, Rows, combined, image_ssl, mmcl, nt_xent, siglip, siglip_mean, ssl, text_ssl
-from raybd.study import TERMS
+from raybd.terms import TERMS
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "losses.json"
 NAMES = ("image", "text", "image_view", "text_view")

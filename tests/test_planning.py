@@ -19,7 +19,7 @@ from raybd.model import create
 from raybd.report import planned
 from raybd.store import Store
 from raybd.study import LossWeights, Method, Sampler, Study, TrainSettings
-from raybd.study.training import TERMS
+from raybd.terms import TERMS
 from raybd.train import probe
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for

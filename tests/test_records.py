@@ -26,8 +26,9 @@ from raybd.metrics import Counts
 from raybd.provenance import digest
 from raybd.seeding import fork, share
 from raybd.store import Store
-from raybd.study import TERMS, CleanSettings, LossWeights, searchable
+from raybd.study import CleanSettings, LossWeights, searchable
 from raybd.study.methods import Abd, Par
+from raybd.terms import TERMS
 
 
 @pytest.fixture

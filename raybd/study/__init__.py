@@ -37,7 +37,6 @@ from raybd.study.poison import (
 )
 from raybd.study.search import Failure, Sampler, Search, Stopping, Tell
 from raybd.study.training import (
-    TERMS,
     ImageView,
     LossWeights,
     Precision,
@@ -51,7 +50,6 @@ from raybd.study.training import (
 __all__ = [
     "FIXED_WEIGHTS",
     "FREE_SETTINGS",
-    "TERMS",
     "AttackSettings",
     "BadNet",
     "BadNetStripes",

@@ -20,7 +20,8 @@ from raybd.study.methods import (
     PseudoLabels,
     ShrinkPerturb,
 )
-from raybd.study.training import TERMS, LossWeights, TrainSettings
+from raybd.study.training import LossWeights, TrainSettings
+from raybd.terms import TERMS
 
 
 class CleanSettings(TrainSettings):

@@ -75,9 +75,6 @@ class LossWeights(Section):
         return any(weight for term, weight in vars(self).items() if term != "image_ssl")
 
 
-TERMS = tuple(LossWeights.model_fields)  # names of the loss terms, in the order of their columns
-
-
 class TrainSettings(Section):
     """Everything about one training run, pretraining or cleaning, apart from data and model."""
 

@@ -1,0 +1,87 @@
+"""Columns of tables as numbers: texts as codes, several columns as one key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+Codes = NDArray[np.int64]
+_MOST_KEYS = 2**62
+_SHORT = 2**16  # keys of 16 bits are sorted by radix
+
+
+def encoded(column: pa.ChunkedArray) -> tuple[Codes, list[str | None]]:
+    """Return a column of texts, plain or dictionaries, as codes, and the text of each; a null is a text None."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    # Those of a table's parts have each their own dictionary.
+    column = column.unify_dictionaries()
+    if not column.num_chunks:
+        return np.empty(0, dtype=np.int64), [None]
+    values = [*column.chunk(0).dictionary.to_pylist(), None]
+    found = [numbers(chunk.indices) for chunk in column.chunks]
+    code_N = np.concatenate([codes for codes, _ in found]).astype(np.int64)
+    code_N[~np.concatenate([valid for _, valid in found])] = len(values) - 1
+    return code_N, values
+
+
+def numbers(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return a column of numbers, and which of them are there: any number, or NaN, stands for a null.
+
+    From the buffers themselves: what pyarrow gives numpy loads pandas, which takes as long as all the rest.
+    """
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    if not chunks:
+        return np.empty(0, dtype=str(column.type)), np.empty(0, dtype=bool)
+    parts = []
+    for chunk in chunks:
+        valid, data = chunk.buffers()
+        here = slice(chunk.offset, chunk.offset + len(chunk))
+        bits = None if valid is None else np.unpackbits(np.frombuffer(valid, dtype=np.uint8), bitorder="little")
+        found_N = np.frombuffer(data, dtype=str(chunk.type))[here] if data else np.zeros(len(chunk), str(chunk.type))
+        there_N = np.ones(len(chunk), dtype=bool) if bits is None else bits[here].astype(bool)
+        if found_N.dtype.kind == "f" and not there_N.all():
+            found_N = np.where(there_N, found_N, np.nan)
+        parts.append((found_N, there_N))
+    return np.concatenate([found for found, _ in parts]), np.concatenate([there for _, there in parts])
+
+
+def taken(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    """Return some rows of a table, given by their places."""
+    # From a buffer, as in `numbers`.
+    places = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
+    return table.take(places)
+
+
+def combined(columns: Iterable[tuple[NDArray[Any], int]]) -> tuple[Codes, int]:
+    """Return one key for each row of several columns of codes, and how many keys there may be.
+
+    Args:
+        columns: codes, shape [N], and how many there may be: codes are 0 and more, and below that number.
+    """
+    key_N, size = np.zeros(1, dtype=np.int64), 1
+    for codes_N, number in columns:
+        if size * number > _MOST_KEYS:
+            found, key_N = np.unique(key_N, return_inverse=True)
+            size = len(found)
+        key_N = key_N * number + codes_N
+        size *= number
+    return key_N, size
+
+
+def grouped(key_N: Codes, size: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each key, in their order, by the key's first row.
+
+    Args:
+        key_N, size: what `combined` gives.
+    """
+    if not len(key_N):
+        return []
+    order = np.argsort(key_N.astype(np.uint16) if size <= _SHORT else key_N, kind="stable")
+    found = key_N[order]
+    starts = np.flatnonzero(np.concatenate(([True], found[1:] != found[:-1])))
+    return sorted(np.split(order, starts[1:]), key=lambda rows: int(rows[0]))
