@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from raybd import study_file
 from raybd.cli_echo import echo
 from raybd.errors import StudyError
 
@@ -21,6 +20,8 @@ def validate(
     ] = None,
 ) -> None:
     """Check a study or a cluster file without starting anything; every mistake is shown with its line."""
+    from raybd import study_file
+
     if study is None and not (os.path.isfile(file) and _is_cluster_file(file)):
         found = study_file.load(file, overrides=set_ or [])
         trials = found.search.num_trials * len(found.pretrain.objectives)
@@ -42,6 +43,7 @@ def validate(
 
 
 def _is_cluster_file(file: str) -> bool:
+    from raybd import study_file
     from raybd.cluster import cluster_file
 
     return cluster_file.is_one(study_file.read_text(Path(file)))

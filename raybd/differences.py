@@ -96,12 +96,12 @@ class Pool:
     def _contenders(self) -> NDArray[np.bool_]:
         """Say which points fewer than `_LAYERS` other trials are known to beat, the poisoned model among them; [P].
 
-        A layer is the front of the trials that are in none before: of those that beat a point all but one, at most,
-        have another trial that does.
+        A layer is the front of the trials that are in none before. The points of one trial do not beat each other,
+        so each layer that beats a point has another trial that does.
         """
         left = np.flatnonzero(self.trial_P >= 0)
         strong_T, layers = np.zeros(self.num_trials, dtype=bool), []
-        for _ in range(_LAYERS + 1):
+        for _ in range(_LAYERS):
             layers.append(left[pareto.records(self.asr_P[left])])
             strong_T[self.trial_P[layers[-1]]] = True
             left = left[~strong_T[self.trial_P[left]]]
@@ -112,7 +112,7 @@ class Pool:
             place = np.searchsorted(layer, kept) - 1
             beaten += (place >= 0) & (self.asr_P[layer[place]] <= self.asr_P[kept])
         kept_P = np.zeros(len(self.trial_P), dtype=bool)
-        kept_P[kept[(beaten <= _LAYERS) | (self.trial_P[kept] < 0)]] = True
+        kept_P[kept[(beaten < _LAYERS) | (self.trial_P[kept] < 0)]] = True
         return kept_P
 
     def _of(self, kept_P: NDArray[np.bool_], trials: NDArray[np.int64]) -> Pool:
@@ -196,6 +196,8 @@ def pool(rows: Iterable[Row], trials: Iterable[Row] | Standing, *, model: Iterab
     number_P = np.concatenate([[-1], number_T[trial_N[cleaned]]])
     order = np.lexsort((asr_N[chosen], -top1_N[chosen]))
     chosen, number_P = chosen[order], number_P[order]
+    kept = _own_fronts(number_P, asr_N[chosen])
+    chosen, number_P = chosen[kept], number_P[kept]
     quoted = _elsewhere(points, chosen, splits[-1])
     return Pool(
         trial_P=number_P,
@@ -207,6 +209,22 @@ def pool(rows: Iterable[Row], trials: Iterable[Row] | Standing, *, model: Iterab
         before=before,
         quoted_before=quoted_before,
     )
+
+
+def _own_fronts(trial_P: NDArray[np.int64], asr_P: Floats) -> NDArray[np.int64]:
+    """Return the points that no other of the same trial beats, of points by falling accuracy, then rising ASR.
+
+    What a trial's own front leaves out is on no front that the trial is part of.
+    """
+    order = np.argsort(trial_P, kind="stable")
+    trial_P, asr_P = trial_P[order], asr_P[order]
+    # The lowest ASR so far within each trial: what comes of a later trial is below all of those before.
+    place_P = np.cumsum(np.diff(trial_P, prepend=trial_P[:1]) != 0)
+    rank_P = np.unique(asr_P, return_inverse=True)[1]
+    key_P = rank_P - place_P * (int(rank_P.max(initial=0)) + 1)
+    lowest_P = np.minimum.accumulate(key_P)
+    kept_P = np.concatenate(([True], key_P[1:] < lowest_P[:-1]))
+    return np.sort(order[kept_P])
 
 
 def _elsewhere(points: Points, chosen: NDArray[np.int64], split: str) -> NDArray[np.int64]:

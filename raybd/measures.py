@@ -32,27 +32,18 @@ class Rule(StrEnum):
     LAST_EPOCH = "last_epoch"
 
 
-def unstable_steps(
-    top1: ArrayLike, asr: ArrayLike, *, top1_tolerance: float = TOP1_TOLERANCE, asr_tolerance: float = ASR_TOLERANCE
-) -> int:
-    """Return how many steps of a run make it worse in both: accuracy down and ASR up, each by more than a tolerance.
+def unstable(top1: ArrayLike, asr: ArrayLike, *, top1_tolerance: float, asr_tolerance: float) -> NDArray[np.bool_]:
+    """Say which steps make a run worse in both: accuracy down and ASR up, each by more than a tolerance.
 
     Args:
-        top1, asr: fractions by epoch, shape [E]; there are E - 1 steps.
+        top1, asr: fractions by epoch, shape [E].
         top1_tolerance, asr_tolerance: fractions.
+
+    Returns: shape [E - 1].
     """
-    return int(np.sum(_worse(top1, asr, top1_tolerance, asr_tolerance)))
-
-
-def _worse(top1: ArrayLike, asr: ArrayLike, top1_tolerance: float, asr_tolerance: float) -> NDArray[np.bool_]:
     fall_S = -np.diff(np.asarray(top1, dtype=np.float64))
     rise_S = np.diff(np.asarray(asr, dtype=np.float64))
     return np.asarray((fall_S > top1_tolerance + fronts.SLACK) & (rise_S > asr_tolerance + fronts.SLACK))
-
-
-def rebound(asr: Sequence[float]) -> float:
-    """Return by how much the ASR of a run has risen again at its end: the last minus the lowest, a fraction."""
-    return asr[-1] - min(asr)
 
 
 def instability(
@@ -62,7 +53,7 @@ def instability(
 
     Args:
         rows: rows of the `epochs` table on one half, from epoch 0. Points without training (`alpha`) have no course.
-        top1_tolerance, asr_tolerance: see `unstable_steps`.
+        top1_tolerance, asr_tolerance: see `unstable`.
 
     Returns:
         trials, steps: counts of what was looked at; the step from the poisoned model to epoch 1 is one.
@@ -115,7 +106,7 @@ def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> dic
     end_T = np.cumsum(length_T)
     start_T = end_T - length_T
     worse_N = np.zeros(len(courses), dtype=bool)
-    worse_N[1:] = _worse(top1_N, asr_N, top1_tolerance, asr_tolerance)
+    worse_N[1:] = unstable(top1_N, asr_N, top1_tolerance=top1_tolerance, asr_tolerance=asr_tolerance)
     worse_N[start_T] = False  # from one trial to the next is no step
     area_N = top1_N * (1.0 - asr_N)
     largest_N = np.flatnonzero(area_N == np.maximum.reduceat(area_N, start_T).repeat(length_T))

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -158,8 +158,9 @@ def instability(
             {
                 "trial_id": trial_id,
                 "steps": len(course) - 1,
-                "unstable_steps": measures.unstable_steps(
-                    top1, asr, top1_tolerance=top1_tolerance, asr_tolerance=asr_tolerance
+                "unstable_steps": sum(
+                    a - b > top1_tolerance + fronts.SLACK and t - s > asr_tolerance + fronts.SLACK
+                    for (a, s), (b, t) in pairwise(zip(top1, asr, strict=True))
                 ),
                 "rebound": asr[-1] - min(asr),
                 "best_epoch": best,

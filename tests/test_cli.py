@@ -108,14 +108,14 @@ def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None
 def test_help_loads_what_it_shows_and_no_more(arguments: list[str]) -> None:
     loaded = loaded_by(arguments)
     assert not loaded & {"yaml", "rich", "numpy", "pyarrow"}
-    # typer itself has arguments of a command read by pydantic.
-    assert "pydantic" not in loaded or arguments == ["pareto", "--help"]
+    # typer itself has the arguments of a command read by pydantic.
+    assert "pydantic" not in loaded or len(arguments) > 1
 
 
 def test_help_shows_the_sentence_of_every_command_whole() -> None:
     for arguments in (["--help"], ["data", "--help"], ["data", "import", "--help"]):
         shown = runner.invoke(app, arguments, env={"COLUMNS": "60"}).output
-        assert "..." not in shown
+        assert "..." not in shown.partition("Commands:")[2]
     whole = " ".join(runner.invoke(app, ["--help"]).output.split())
     assert "studies List the studies that come along, each with the first line of its file." in whole
 

@@ -73,9 +73,9 @@ def test_unstable_steps_as_counted_one_by_one(course: list[tuple[float, float]],
     # In twentieths, without rounding.
     whole = [(round(20 * x), round(20 * y)) for x, y in course]
     expected = sum(p[0] - q[0] > round(20 * top1) and q[1] - p[1] > round(20 * asr) for p, q in pairwise(whole))
-    assert measures.unstable_steps(a, s, top1_tolerance=top1, asr_tolerance=asr) == expected
+    assert measures.unstable(a, s, top1_tolerance=top1, asr_tolerance=asr).sum() == expected
     # Turned around, what got worse got better: no step is unstable both ways.
-    turned = measures.unstable_steps(a[::-1], s[::-1], top1_tolerance=top1, asr_tolerance=asr)
+    turned = measures.unstable(a[::-1], s[::-1], top1_tolerance=top1, asr_tolerance=asr).sum()
     assert expected + turned <= len(course) - 1
 
 
@@ -83,8 +83,10 @@ def test_unstable_steps_as_counted_one_by_one(course: list[tuple[float, float]],
 @given(_course)
 def test_rebound_is_never_below_zero_and_none_at_the_lowest(course: list[tuple[float, float]]) -> None:
     asr = [point[1] for point in course]
-    assert measures.rebound(asr) >= 0
-    assert (measures.rebound(asr) == 0) == (asr[-1] == min(asr))
+    found = measures.instability(_rows({"a": course}))
+    assert found is not None
+    assert found["rebound"] >= 0
+    assert (found["rebound"] == 0) == (asr[-1] == min(asr))
 
 
 def test_points_without_a_course_are_left_out() -> None:
