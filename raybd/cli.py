@@ -14,6 +14,7 @@ import typer
 from raybd.cli_data import data_app
 from raybd.cli_echo import echo, log_to_screen
 from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
+from raybd.cli_validate import validate
 from raybd.errors import RaybdError, StudyError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(studies)
+app.command()(validate)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]
@@ -234,16 +236,6 @@ def poison(
     if preview:
         preview.write_bytes(run.store.get("preview.png"))
         view.line(f"preview: {preview}")
-
-
-@app.command()
-def validate(study: StudyArgument, set_: SetOption = None) -> None:
-    """Check a study file without starting anything; every mistake is shown with its line."""
-    from raybd import study_file
-
-    found = study_file.load(study, overrides=set_ or [])
-    trials = found.search.num_trials * len(found.pretrain.objectives)
-    echo(f"{study}: fine ({len(found.pretrain.objectives)} pretrain objectives, {trials} trials)")
 
 
 @app.command()

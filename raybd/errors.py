@@ -38,7 +38,7 @@ def _rebuild(cls: type[RaybdError], what: str, where: str, expected: str, fix: s
 
 
 class StudyError(RaybdError):
-    """The study file, a setting or the command line is wrong."""
+    """The study file, a cluster file, a setting or the command line is wrong."""
 
     exit_code = 2
 

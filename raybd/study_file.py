@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from raybd.errors import StudyError, dotted
 from raybd.study import Study, mistakes, searchable
 
+_CLUSTERS = "cluster"  # the folder of cluster files among the studies
 _MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 8
@@ -39,14 +40,14 @@ def shipped() -> dict[str, Path]:
     """Return the studies that come with raybd by name: the path below `search_spaces`, without its suffix."""
     for folder in (Path(__file__).parent / "search_spaces", Path(__file__).parents[1] / "search_spaces"):
         if os.path.isdir(folder):
-            found = sorted(folder.rglob("*.yaml"))
-            return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+            found = {path.relative_to(folder): path for path in sorted(folder.rglob("*.yaml"))}
+            return {at.with_suffix("").as_posix(): path for at, path in found.items() if at.parts[0] != _CLUSTERS}
     return {}
 
 
 def descriptions() -> dict[str, str]:
     """Return the first line of each shipped study's comment, by name."""
-    return {name: _text(path).partition("\n")[0].lstrip("# ") for name, path in shipped().items()}
+    return {name: read_text(path).partition("\n")[0].lstrip("# ") for name, path in shipped().items()}
 
 
 def locate(study: str, *, beside: Path | None = None) -> Path:
@@ -85,17 +86,18 @@ def load(study: str, *, overrides: Sequence[str] = ()) -> Study:
     Errors: StudyError that lists every mistake, each with file and line (or the override).
     """
     path = locate(study)
-    return parse(_text(path), source=str(path), overrides=overrides)
+    return parse(read_text(path), source=str(path), overrides=overrides)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a YAML file. Errors: StudyError where it is no text, or larger than such a file can be."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise StudyError(f"cannot be read: {error.strerror}", where=str(path)) from None
     if len(content) > _MAX_BYTES:
-        raise StudyError("larger than a study can be (1 MB)", where=str(path))
+        raise StudyError("larger than such a file can be (1 MB)", where=str(path))
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -133,7 +135,7 @@ def _whole(
     Args:
         below: the files that extend this one.
     """
-    raw = _read(text, (), source, marks, problems)
+    raw = read_yaml(text, (), source, marks, problems)
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -153,7 +155,7 @@ def _whole(
     if len(chain) > _MAX_DEPTH:
         raise StudyError(f"extends: more than {_MAX_DEPTH} studies on top of each other", where=where)
     base_marks: dict[mistakes.Place, str] = {}
-    base = _whole(_text(path), str(path), base_marks, problems, chain)
+    base = _whole(read_text(path), str(path), base_marks, problems, chain)
     _merge(base, raw, (), base_marks)
     marks |= {at: line for at, line in base_marks.items() if at not in marks}
     return base
@@ -176,10 +178,18 @@ def _merge(
             del base_marks[replaced]
 
 
-def _read(
+def read_yaml(
     text: str, at: mistakes.Place, source: str, marks: dict[mistakes.Place, str], problems: list[tuple[str, str]]
 ) -> Any:
-    """Return YAML text as data, None if it is empty; see `_plain`. Errors: StudyError where it is not YAML."""
+    """Return YAML text as data, None if it is empty.
+
+    Args:
+        at: the place of the text among the settings.
+        marks: takes the file:line of each place.
+        problems: takes (file:line, sentence) of keys given twice and of values that cannot be read.
+
+    Errors: StudyError where it is not YAML.
+    """
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
@@ -251,7 +261,7 @@ def _override(
     own_marks: dict[mistakes.Place, str] = {}
     own_problems: list[tuple[str, str]] = []
     try:
-        value = _read(text, path, where, own_marks, own_problems)
+        value = read_yaml(text, path, where, own_marks, own_problems)
     except StudyError as error:
         raise StudyError(f"the value is wrong: {error.what}", where=where) from None
     inner = raw

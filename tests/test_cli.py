@@ -34,7 +34,7 @@ OPTIONS = {
     "studies": {"--format", "-f"},
     "replay": {"--on", "--nearest", "--set", "--run-dir", "--address"},
     "poison": {"--set", "--run-dir", "--preview"},
-    "validate": {"--set"},
+    "validate": {"--study", "--set"},
     "pareto": {"--format", "-f", "--kind"},
     "evaluate": {
         "--data",
@@ -90,7 +90,15 @@ def loaded_by(arguments: list[str]) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["pareto", "--help"], ["evaluate", "--help"], ["validate", str(TINY)], ["status", "."], ["studies"]],
+    [
+        ["--help"],
+        ["pareto", "--help"],
+        ["evaluate", "--help"],
+        ["validate", "--help"],
+        ["validate", str(TINY)],
+        ["status", "."],
+        ["studies"],
+    ],
 )
 def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:
     assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}

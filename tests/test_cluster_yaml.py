@@ -1,22 +1,22 @@
-"""cluster.yaml: Ray takes it, it installs the Ray that is tested here, and nothing of it is open to the network."""
+"""The cluster files that come along: Ray takes them, they install the Ray that is tested here, and open nothing."""
 
 from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cluster_files import FILES, ROOT
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+from raybd import study_file
 
 
-@pytest.fixture
-def config() -> dict[str, Any]:
-    found = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+@pytest.fixture(params=FILES)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found = yaml.safe_load(FILES[request.param].read_text(encoding="utf-8"))
     assert isinstance(found, dict)
     return found
 
@@ -32,14 +32,40 @@ def validate(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_ray_takes_it(config: dict[str, Any]) -> None:
     prepared = validate(config)
-    head = prepared["available_node_types"][prepared["head_node_type"]]
-    assert head["resources"]["head"] == 1
-    assert "InstanceMarketOptions" not in head["node_config"]
-    workers = [kind for name, kind in prepared["available_node_types"].items() if name != prepared["head_node_type"]]
-    assert [(kind["min_workers"], kind["node_config"]["InstanceMarketOptions"]["MarketType"]) for kind in workers] == [
-        (0, "spot")
-    ]
-    assert sum(kind["max_workers"] for kind in workers) == prepared["max_workers"]
+    assert set(config) <= set(prepared)
+    if config["provider"]["type"] == "local":
+        assert prepared["max_workers"] == len(config["provider"]["worker_ips"])
+        return
+    head, types = prepared["head_node_type"], prepared["available_node_types"]
+    assert types[head]["resources"]["head"] == 1
+    assert types[head]["max_workers"] == 0
+    workers = {name: kind for name, kind in types.items() if name != head}
+    assert set(workers) == {"gpu_spot", "gpu4_spot"}
+    assert all(kind["min_workers"] == 0 and "head" not in kind["resources"] for kind in workers.values())
+    assert workers["gpu_spot"]["max_workers"] == prepared["max_workers"]
+
+
+def is_spot(node: dict[str, Any]) -> bool:
+    market, scheduling = node.get("InstanceMarketOptions", {}), node.get("scheduling", {})
+    return "spot" in (market.get("MarketType"), str(scheduling.get("provisioningModel")).lower())
+
+
+def test_workers_are_spot_machines_and_the_head_is_none(config: dict[str, Any]) -> None:
+    for name, kind in config.get("available_node_types", {}).items():
+        assert is_spot(kind["node_config"]) is (name != "head")
+
+
+def test_the_driver_is_pinned_by_a_resource_of_the_head(config: dict[str, Any]) -> None:
+    commands = {kind: " ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker")}
+    types = config.get("available_node_types", {})
+    if not types:
+        assert """--resources='{"head": 1}'""" in commands["head"]
+        assert "--resources" not in commands["worker"]
+    assert [name for name, kind in types.items() if "head" in kind["resources"]] == (["head"] if types else [])
+
+
+def test_files_of_clusters_are_no_studies() -> None:
+    assert not [name for name in study_file.shipped() if name.startswith("cluster")]
 
 
 @pytest.mark.parametrize("where", [(), ("available_node_types", "gpu_spot"), ("auth",)])
@@ -47,6 +73,8 @@ def test_a_misspelt_key_is_refused(config: dict[str, Any], where: tuple[str, ...
     from jsonschema import ValidationError
 
     inner = config
+    if where and where[0] not in config:
+        pytest.skip("it has none")
     for key in where:
         inner = inner[key]
     inner["idle_timeout_minuts"] = 5
@@ -69,7 +97,7 @@ def test_it_installs_the_ray_that_is_installed_here_and_locked(config: dict[str,
 def test_no_command_is_left_to_rays_defaults(config: dict[str, Any]) -> None:
     prepared = validate(config)
     for key in (key for key in prepared if key.endswith("_commands")):
-        assert key in config, f"{key} would come from Ray's defaults for AWS"
+        assert key in config, f"{key} would come from Ray's defaults"
 
 
 def test_dashboard_is_local_and_every_node_asks_for_the_token(config: dict[str, Any]) -> None:

@@ -300,7 +300,7 @@ def test_files_that_cannot_be_studies(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     cases = {
         b"name: caf\xe9\n": f"{path}:1: not UTF-8 text",
-        b"#" * 1_000_001: f"{path}: larger than a study can be (1 MB)",
+        b"#" * 1_000_001: f"{path}: larger than such a file can be (1 MB)",
         b"name: 'x\n": f"{path}:2: not valid YAML",
         b"": f"{path}: 2 mistakes in the study\n  {path}: name: missing",
     }
@@ -335,7 +335,7 @@ def test_embedded_data_sets() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "search_spaces").rglob("*.yaml")), *sorted((ROOT / "tests" / "studies").glob("*.yaml"))],
+    [*study_file.shipped().values(), *sorted((ROOT / "tests" / "studies").glob("*.yaml"))],
     ids=lambda path: path.stem,
 )
 def test_shipped_studies_load_and_survive_being_written_out(path: Path) -> None:

@@ -18,13 +18,18 @@ _MAX_VALUE = 100  # characters of a value in it
 Place = tuple[str | int, ...]
 
 
-def listed(problems: Sequence[tuple[str, str]], *, more: int) -> str:
-    """Return mistakes, given as (file:line, sentence), as a text of a line for each; `more` are not among them."""
+def listed(problems: Sequence[tuple[str, str]], *, more: int = 0, of: str = "study") -> str:
+    """Return mistakes, given as (file:line, sentence), as a text of a line for each.
+
+    Args:
+        more: how many mistakes are not among them.
+        of: what they are in.
+    """
     shown = sorted(problems, key=_by_line)[:MAX_SHOWN]
     lines = [f"  {cut(where, _MAX_CHARACTERS)}: {cut(what, _MAX_CHARACTERS)}" for where, what in shown]
     more += len(problems) - len(shown)
     count = len(shown) + more
-    head = f"{count} mistake{'s' if count > 1 else ''} in the study"
+    head = f"{count} mistake{'s' if count > 1 else ''} in the {of}"
     return "\n".join([head, *lines, *([f"  and {more} more"] if more else [])])
 
 
@@ -48,15 +53,15 @@ def explain(error: Mapping[str, Any], marks: Mapping[Place, str], source: str) -
     reason = error.get("ctx", {}).get("error")
     if isinstance(reason, Misfit):
         places = ((location + at, what) for at, what in reason.faults)
-        return [(marks.get(_marked(at, marks), source), f"{dotted(at)}: {what}") for at, what in places]
-    known = _marked(location, marks)
+        return [(marks.get(marked(at, marks), source), f"{dotted(at)}: {what}") for at, what in places]
+    known = marked(location, marks)
     # Union members that pydantic names in the path (`int`, `constrained-str`) are not fields of the file.
     if len(known) < len(location) and error["type"] not in ("missing", "extra_forbidden"):
         location = known or location
     field = dotted(location)
     kind, message, got = error["type"], error["msg"].removeprefix("Value error, "), error.get("input")
     if kind == "extra_forbidden":
-        message = "unknown key" + _suggest(str(given[-1]), _fields(_walk(given[:-1])[1]))
+        message = "unknown key" + suggest(str(given[-1]), _fields(_walk(given[:-1])[1]))
     elif kind == "missing":
         message = "missing, and it has no default"
     elif kind == "value_error":
@@ -68,7 +73,7 @@ def explain(error: Mapping[str, Any], marks: Mapping[Place, str], source: str) -
     return [(marks.get(known, source), f"{field}: {message}" if field else message)]
 
 
-def _marked(location: Place, marks: Mapping[Place, str]) -> Place:
+def marked(location: Place, marks: Mapping[Place, str]) -> Place:
     """Return the longest part of a location that stands in the file."""
     while location and location not in marks:
         location = location[:-1]
@@ -80,10 +85,11 @@ def _explain_tag(error: Mapping[str, Any], location: Place, marks: Mapping[Place
     known = [name.strip().strip("'") for name in error["ctx"]["expected_tags"].split(",")]
     at = (*location, "name")
     where = marks.get(at, marks.get(location, source))
-    return where, f"{dotted(at)}: no {cut(error['ctx']['tag'])!r}" + _suggest(error["ctx"]["tag"], known)
+    return where, f"{dotted(at)}: no {cut(error['ctx']['tag'])!r}" + suggest(error["ctx"]["tag"], known)
 
 
-def _suggest(given: str, known: Sequence[str]) -> str:
+def suggest(given: str, known: Sequence[str]) -> str:
+    """Return the end of a sentence about a name that is not known: the nearest one, or all that there are."""
     close = difflib.get_close_matches(given[:_MAX_VALUE], known, n=1)
     return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})" if known else ""
 

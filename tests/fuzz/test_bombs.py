@@ -177,7 +177,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes | str], str]] = {
     "grid of 12 million": ("study", lambda: STUDY + GRID, "a grid of more than"),
     "10,000 unknown keys": ("study", lambda: STUDY + "".join(f"k{i}: 1\n" for i in range(10_000)), "mistakes"),
     "deep study": ("study", lambda: STUDY + "a: " + "[" * 400_000, "nested too deeply"),
-    "study of 10 MB": ("study", lambda: STUDY + "#" * 10_000_000, "larger than a study can be"),
+    "study of 10 MB": ("study", lambda: STUDY + "#" * 10_000_000, "larger than such a file can be"),
     "class file of 17 MB": ("classes", lambda: b"[" + b" " * (17 << 20), "larger than a class file"),
     "deep classes": ("classes", lambda: "[" * 1_000_000, "not JSON"),
     "brace range": ("pattern", lambda: "x{0..99999999999}.tar", "stands for more than"),

@@ -1,0 +1,47 @@
+"""The command that checks a file, of a study or of a cluster, and starts nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raybd import study_file
+from raybd.cli_echo import echo
+from raybd.errors import StudyError
+
+
+def validate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="study, by file or name; or a cluster file of `ray up`")],
+    study: Annotated[str | None, typer.Option(help="with a cluster file: the study that it is for")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting of the study")
+    ] = None,
+) -> None:
+    """Check a study or a cluster file without starting anything; every mistake is shown with its line."""
+    if study is None and not (os.path.isfile(file) and _is_cluster_file(file)):
+        found = study_file.load(file, overrides=set_ or [])
+        trials = found.search.num_trials * len(found.pretrain.objectives)
+        echo(f"{file}: fine ({len(found.pretrain.objectives)} pretrain objectives, {trials} trials)")
+        return
+    if set_ and study is None:
+        raise StudyError("--set is of studies", where="--set", fix="say which one this cluster is for, with --study")
+    if not os.path.isfile(file):
+        raise StudyError("no such cluster file", where=file, fix="give the path of a file that `ray up` takes")
+    from raybd.cluster import cluster_file
+
+    wanted = study_file.load(study, overrides=set_ or []) if study is not None else None
+    verdict = cluster_file.check(Path(file), wanted)
+    echo(f"{file}: fine")
+    for line in verdict.lines:
+        echo(f"  {line}")
+    for note in verdict.notes:
+        echo(f"  note: {note}")
+
+
+def _is_cluster_file(file: str) -> bool:
+    from raybd.cluster import cluster_file
+
+    return cluster_file.is_one(study_file.read_text(Path(file)))
