@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from raybd import stopping
 from raybd.errors import DataError, StudyError, dotted
-from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.metrics import Counts
 from raybd.seeding import fork
 from raybd.space import Value
@@ -178,8 +178,9 @@ def stop(store: Store, trial_id: str, reason: str) -> Entry:
 
 
 def seconds_before(entry: Entry) -> float:
-    """Return the device-seconds of a trial up to the rung that it left last."""
-    return sum(float(pause["device_seconds"]) for pause in entry.pauses)
+    """Return the device-seconds of a trial up to the rung that it left last. Errors: DataError where they are none."""
+    with reading(f"ledger/{Kind.TRIAL}/{entry.id}"):
+        return sum(float(pause["device_seconds"]) for pause in entry.pauses)
 
 
 def _end(store: Store, trial_id: str, record: dict[str, Any]) -> Entry:

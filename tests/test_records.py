@@ -290,6 +290,17 @@ def test_an_attempt_thought_dead_that_gets_to_a_rung_late_decides_nothing(store:
     assert now() == (False, [1, 1, 1, 3])
 
 
+def test_attempts_are_in_order_whatever_their_number(store: Store) -> None:
+    for number, until in ((999, 1), (1000, 1), (1001, 3)):
+        store.put(f"ledger/trials/t/started-{number:03d}.json", json.dumps({"until": until}).encode())
+    Ledger(store).pause(Kind.TRIAL, "t", {"epoch": 1})
+    assert not Ledger(store).entry(Kind.TRIAL, "t").waits
+    # Without it nobody knows whether the trial was told to go on.
+    store.put("ledger/trials/t/started-1002.json", b"{}")
+    with pytest.raises(DataError, match="not the records of a run: KeyError"):
+        Ledger(store).entry(Kind.TRIAL, "t")
+
+
 def test_starts_at_the_same_moment_are_attempts_of_their_own(store: Store) -> None:
     found: list[int] = []
     threads = [

@@ -92,6 +92,27 @@ def lingers(study: Study, store: Store, task: Assignment, notify: Notify) -> Ent
     return Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, **place})
 
 
+def killed_while_idle(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
+    """Go on beyond the rung; the first trial's process, which waits for the second one's end, is killed by that."""
+    if (done := done_already(Ledger(store), task)) is not None:
+        return done
+    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
+    if task.until is None:
+        epochs(store, task, 2, notify=notify)
+        return ended(store, task)
+    pid = Path(store.root) / "pid"
+    if task.number == 0:
+        pid.write_text(str(os.getpid()))
+    else:
+        while not pid.exists():
+            time.sleep(0.1)
+        time.sleep(4)  # the first one is at its rung by then
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    epochs(store, task, 0, task.until, notify=notify)
+    place = {"weight_decay_in_force": None, "node": "here", "device": "cpu", "device_seconds": 1.0}
+    return Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, **place})
+
+
 def ended(store: Store, task: Assignment) -> Entry:
     end = {"state": State.COMPLETE, "ended": datetime.now(UTC).isoformat()}
     return Ledger(store).end(Kind.TRIAL, task.trial_id, end)
@@ -134,6 +155,7 @@ def main(root: str) -> None:
     search.LedgerSearcher = Kept  # type: ignore[misc]
     found = {}
     with session(study_of(1).resources) as share:
+        both = study_of(2, stopping={"rungs": [1], "keep": 0.9}, retries=0)
         rungs = study_of(6, stopping={"rungs": [1], "keep": 0.5})
         for name, study, at_once, carry_out in (
             ("various", study_of(7), 2, various),
@@ -142,6 +164,7 @@ def main(root: str) -> None:
             ("on_a_bad_disk", study_of(6), 2, on_a_bad_disk),
             ("lingers", rungs, 2, lingers),
             ("lingers alone", rungs, 1, lingers),
+            ("killed while idle", both, 2, killed_while_idle),
         ):
             made.clear()
             dropped.clear()
@@ -245,3 +268,38 @@ def test_a_trial_that_ray_drops_is_run_by_another_process(root: Path, found: dic
     assert not any(entry.failures for entry in known.values())
     assert found[name]["optuna"] == ["COMPLETE"] * 6
     assert sorted(found[name]["told"]) == sorted([*known, *known])  # at its rung, and at its end
+
+
+def test_a_process_that_dies_between_two_trials_is_no_failure_of_the_next(root: Path, found: dict[str, Any]) -> None:
+    """Ray sees it die only as it hands the next trial to it, and tells of two errors: the trial has not begun."""
+    name = "killed while idle"
+    assert found[name]["error"] is None
+    assert found[name]["dropped"] >= 1, "no trial met the dead process: this tests nothing"
+    for entry in entries(root, name):
+        assert (entry.ended or {})["state"] == "complete"
+        assert (entry.attempts, entry.failures) == (2, ())
+    assert found[name]["optuna"] == ["COMPLETE"] * 2
+
+
+class Listed:
+    """A trial in Tune's list."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id, self.over = trial_id, False
+
+    def is_finished(self) -> bool:
+        return self.over
+
+
+def test_a_drop_is_seen_wherever_the_trial_stands_in_the_list() -> None:
+    from raybd.cluster.search import _Watch
+
+    told: list[str] = []
+    watch = _Watch(None, lambda *_: None, told.append)  # type: ignore[arg-type]
+    again, new = Listed("again"), Listed("new")
+    watch.on_step_end(1, [again])
+    watch.on_step_end(2, [new, again])  # a trial is added, and one that failed goes to the end, in one step
+    new.over = True
+    watch.on_step_end(3, [new, again])
+    watch.on_step_end(4, [new, again])
+    assert told == ["new"]

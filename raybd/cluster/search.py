@@ -60,20 +60,19 @@ class _Watch(TrialProgressCallback):
         self, faults: Faults, on_epoch: Callable[[str, int, float, float], None], on_drop: Callable[[str], None]
     ) -> None:
         self._faults, self._on_epoch, self._on_drop = faults, on_epoch, on_drop
-        self._open: list[Any] = []
-        self._seen = 0
+        self._over = set[str]()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Look for trials that Tune has dropped: where an actor cannot be used again it tells nobody of its trial."""
-        self._open += trials[self._seen :]
-        self._seen = len(trials)
-        for trial in [trial for trial in self._open if trial.is_finished()]:
-            self._open.remove(trial)
-            # Of one that came to an end the search has been told: this is nothing to it.
-            self._on_drop(trial.trial_id)
+        # All of them, each time: Tune moves a trial that is tried again to the end of its list.
+        for trial in trials:
+            if trial.trial_id not in self._over and trial.is_finished():
+                self._over.add(trial.trial_id)
+                # Of one that came to an end the search has been told: this is nothing to it.
+                self._on_drop(trial.trial_id)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._faults.started(Assignment(**trial.config), trial.temporary_state.ray_actor)
@@ -85,7 +84,8 @@ class _Watch(TrialProgressCallback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._faults.ended(Assignment(**trial.config))
 
-    on_trial_error = on_trial_complete
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Leave it to the searcher: with failures without end, only a trial that did not begin gets here."""
 
 
 class _Retries(FIFOScheduler):
@@ -98,11 +98,19 @@ class _Retries(FIFOScheduler):
     def __init__(self, faults: Faults) -> None:
         super().__init__()
         self._faults, self._seen = faults, set[str]()
+        self._not_begun = set[str]()
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Take note of one whose process died before it got it: it had run another trial, and was kept for this one."""
+        if trial in tune_controller._resetting_trials:
+            self._not_begun.add(trial.trial_id)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         if trial.trial_id not in self._seen:
             self._seen.add(trial.trial_id)
             return
+        if trial.trial_id in self._not_begun:
+            return  # nobody's failure: Tune drops it next
         if self._faults.guard(lambda: self._faults.is_over(Assignment(**trial.config), error_of(trial))):
             tune_controller.stop_trial(trial)
 

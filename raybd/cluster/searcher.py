@@ -332,7 +332,12 @@ class LedgerSearcher(Searcher):
         return dict(vars(task))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Tell Optuna what the ledger has; one that failed, or has no finite point, is told as failed."""
+        """Tell Optuna what the ledger has; one that failed, or has no finite point, is told as failed.
+
+        With `error` it did not begin: Tune tries what fails later again until it is stopped, which is no error.
+        """
+        if error:
+            self.dropped(trial_id)
         if trial_id not in self._assigned:
             return
         objective, task, trial = self._assigned.pop(trial_id)
