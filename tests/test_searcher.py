@@ -87,9 +87,13 @@ class Driver:
         assert isinstance(found, dict)
         return found
 
-    def end(self, entry: Entry, *, ray: int | None = None, error: bool = False) -> None:
+    def end(self, entry: Entry, *, ray: int | None = None) -> None:
         self.ledger[entry.id] = entry
-        self.searcher.on_trial_complete(f"ray-{ray or self._asked}", {"epoch": 2}, error=error)
+        self.searcher.on_trial_complete(f"ray-{ray or self._asked}", {"epoch": 2})
+
+    def drop(self) -> None:
+        """Tell of the trial that was suggested last as Tune does where it did not begin."""
+        self.searcher.on_trial_complete(f"ray-{self._asked}", error=True)
 
     def play(self, count: int, result: Callable[[dict[str, Any]], Entry] = outcome) -> list[dict[str, Any]]:
         tasks = []
@@ -442,7 +446,10 @@ def test_failures_are_told_as_failures_and_nothing_is_left_running() -> None:
     ]
     for end in ends:
         driver.end(end(driver.suggest()))
-    driver.end(entry_of(driver.suggest(), state="failed"), error=True)
+    dropped = driver.suggest()
+    driver.drop()
+    assert driver.suggest() == dropped, "it did not begin: it is no failure, and comes again"
+    driver.end(entry_of(dropped, state="failed"))
     states = [TrialState.FAIL] * 3 + [TrialState.COMPLETE] * 2 + [TrialState.FAIL]
     assert [trial.state for trial in driver.trials()] == states
     assert [trial.values for trial in driver.trials()] == [None, None, None, [0.3, 0.09], [0.0, 1.0], None]
