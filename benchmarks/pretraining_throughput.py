@@ -39,7 +39,7 @@ from setting import setting
 
 from raybd.data import cache
 from raybd.data.cache import Images
-from raybd.data.pairs import CPU, Batch, CachedPairs, Pairs, Prepare
+from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare
 from raybd.data.shards import find_shards
 from raybd.data.streaming import StreamedPairs
 from raybd.evaluate import make_set
@@ -96,16 +96,7 @@ class Ready:
         """Return itself: there are no views."""
         return self
 
-    def epoch(
-        self,
-        epoch: int,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device = CPU,
-        last: int | None = None,
-    ) -> Iterator[Batch]:
+    def epoch(self, epoch: int, **_: Any) -> Iterator[Batch]:
         """Yield the batches, which are where they are to be."""
         yield from self.batches
 

@@ -177,21 +177,20 @@ def bounds(total: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def first_of(start: int, rank: int, world_size: int) -> int:
-    """Return where in a global batch that starts at `start` a rank's part begins; it has each world_size-th sample.
+def parts_of(total: int, batch_size: int, *, rank: int, world_size: int) -> list[slice]:
+    """Return which places of an epoch's order are a rank's part of each global batch: each world_size-th.
 
     Counted through the whole epoch, so that the parts of the ranks differ by at most one sample, in each batch too.
+
+    Errors: DataError where a rank's part of some batch would be empty.
     """
-    return (rank - start) % world_size
-
-
-def check_batches(total: int, batch_size: int, world_size: int) -> None:
-    """Raise DataError where a rank's part of some batch would be empty."""
-    if total // steps(total, batch_size) < world_size:
+    count = steps(total, batch_size)
+    if total // count < world_size:
         raise DataError(
             f"{total} training pairs in batches of {batch_size} leave nothing for some of {world_size} workers",
             fix="use fewer workers, a larger batch, or more data",
         )
+    return [slice(low + (rank - low) % world_size, high, world_size) for low, high in bounds(total, count)]
 
 
 class CachedPairs:
@@ -223,12 +222,9 @@ class CachedPairs:
         last: int | None = None,
     ) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch, on a device."""
-        check_batches(len(self), batch_size, world_size)
+        parts = parts_of(len(self), batch_size, rank=rank, world_size=world_size)
         order_N = np.random.default_rng(fork(self._prepare.seed, "order", epoch)).permutation(len(self))
-        batches = (
-            self._batch(order_N[start:stop][first_of(start, rank, world_size) :: world_size], epoch)
-            for start, stop in bounds(len(self), steps(len(self), batch_size))
-        )
+        batches = (self._batch(order_N[part], epoch) for part in parts)
         return self._prepare.deliver(batches, epoch=epoch, device=device)
 
     def _batch(self, rows: NDArray[np.int64], epoch: int) -> Batch:

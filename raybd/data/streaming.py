@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from raybd.data.pairs import CPU, Batch, Prepare, bounds, check_batches, first_of, steps
+from raybd.data.pairs import CPU, Batch, Prepare, bounds, parts_of
 from raybd.data.shards import Index, decode, samples
 from raybd.errors import DataError
 from raybd.seeding import fork
@@ -111,23 +111,23 @@ class StreamedPairs:
         last: int | None = None,
     ) -> Iterator[Batch]:
         """Yield one rank's batches of an epoch, on a device."""
-        check_batches(len(self), batch_size, world_size)
+        parts = parts_of(len(self), batch_size, rank=rank, world_size=world_size)
         sizes = [len(range(one, len(self), world_size)) for one in range(rank + 1)]
         # On a CPU the loader's workers augment, beside the model; a GPU does so itself.
         prepare = self._prepare.without_image_views() if device.type == "cpu" else self._prepare
         wanted = _Wanted(epoch, max(epoch, last or epoch), sum(sizes[:-1]), sum(sizes), views=device.type == "cpu")
-        batches = self._batches(wanted, batch_size, rank, world_size)
+        counts = [len(range(part.start, part.stop, part.step)) for part in parts]
+        batches = self._batches(wanted, counts)
         return prepare.deliver(batches, epoch=epoch, device=device)
 
-    def _batches(self, wanted: _Wanted, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+    def _batches(self, wanted: _Wanted, counts: list[int]) -> Iterator[Batch]:
         begun, self._reader = self._reader, None  # an epoch that is left before its end leaves nothing that goes on
         if begun is not None and begun[0] == wanted:
             items = begun[1]
         else:
             del begun  # and its workers with it
             items = self._read(wanted)
-        for low, high in bounds(len(self), steps(len(self), batch_size)):
-            count = len(range(low + first_of(low, rank, world_size), high, world_size))
+        for count in counts:
             yield self._batch(list(itertools.islice(items, count)), wanted.epoch)
         if wanted.epoch < wanted.last:
             self._reader = replace(wanted, epoch=wanted.epoch + 1), items
