@@ -5,7 +5,6 @@ B this rank's part of a batch, N the global batch, D embedding width.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raybd import checkpoint
 from raybd.data.pairs import Batch, Pairs, steps
-from raybd.errors import CheckpointError, DataError, NonFiniteError
+from raybd.errors import CheckpointError, DataError
 from raybd.evaluate import EvaluationSet, measure
 from raybd.model import Clip, freeze_unused
 from raybd.objectives import Loss, combined
 from raybd.study import Precision, TrainSettings
 from raybd.train.context import Progress, TrainContext
 from raybd.train.distributed import active, ranks, share_buffers, sum_over_ranks
+from raybd.train.guard import Guard, numbers
 from raybd.train.recipe import Recipe
 from raybd.train.schedule import learning_rate
 
@@ -46,11 +46,6 @@ def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.AdamW
         eps=settings.eps,
         fused=True,
     )
-
-
-def _numbers(found: list[Tensor]) -> list[float]:
-    """Return numbers that are on a device, all of them with one wait."""
-    return torch.stack(found).tolist() if found else []
 
 
 def _full(rows: Tensor) -> Tensor:
@@ -123,8 +118,7 @@ class Training:
         self.optimizer = make_optimizer(clip.net, settings)
         self._names = {parameter: name for name, parameter in clip.net.named_parameters()}
         self._steps_an_epoch = steps(len(pairs), settings.batch_size)
-        self._guarded: list[tuple[int, Tensor]] = []  # steps and losses that are still to be looked at
-        self._spoilt = torch.zeros((), dtype=torch.bool, device=context.device)
+        self._guard = Guard(self.optimizer, context.device)
         self.net: nn.Module = clip.net
         self.epoch = self.step = self.samples_seen = self.poisoned_seen = 0
 
@@ -219,28 +213,18 @@ class Training:
         The device sees to that itself, without being waited for. NonFiniteError comes when losses are fetched: after
         some steps, and before the epoch is recorded.
         """
-        total = loss.total.detach()
-        self._guarded.append((self.step, total))
-        self._spoilt |= ~torch.isfinite(total)
-        self.optimizer.found_inf = self._spoilt.float()  # as GradScaler tells it
+        self._guard.watch(self.step, loss.total.detach())
 
     def check_guarded(self) -> None:
         """Wait for the losses guarded so far. Errors: NonFiniteError that names the first that is not finite."""
-        numbers, losses = [step for step, _ in self._guarded], [loss for _, loss in self._guarded]
-        self._guarded.clear()
-        for step, loss in zip(numbers, _numbers(losses), strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"loss is {loss} at step {step} (epoch {self.epoch}, lr {self._lr(step):.3g})",
-                    fix="lower the learning rate",
-                )
+        self._guard.check(epoch=self.epoch, lr=self._lr)
 
     def _fetch(self, sums: _EpochSums) -> None:
         """Wait for the losses of the steps so far and add them up, one after the other. Errors: NonFiniteError."""
         self.check_guarded()
         waiting, sums.waiting = sums.waiting, []
         names = [name for losses in waiting for name in losses]
-        for name, number in zip(names, _numbers([loss for losses in waiting for loss in losses.values()]), strict=True):
+        for name, number in zip(names, numbers([loss for losses in waiting for loss in losses.values()]), strict=True):
             sums.losses[name] = sums.losses.get(name, 0.0) + number
 
     def _lr(self, step: int) -> float:
