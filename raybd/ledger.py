@@ -153,15 +153,15 @@ class Ledger:
             epochs = {int(number): record for number, record in found["epochs"].items()}
             failures, pauses = (tuple(found.get(name, ())) for name in ("failures", "pauses"))
             return Entry(id, found["started"], found["attempts"], epochs, found["ended"], failures, pauses)
-        starts = sorted((name for name in last if name.startswith("started-")), key=_number)
-        epochs = {_number(name): self._get(path) for name, path in last.items() if name.startswith("epoch-")}
-        started = self._get(last[starts[0]]) if starts else {}
-        failures, pauses = (
-            tuple(self._get(last[name]) for name in sorted((n for n in last if n.startswith(prefix)), key=_number))
-            for prefix in ("failed-", "paused-")
-        )
+
+        def of(prefix: str) -> list[str]:
+            return [last[name] for name in sorted((n for n in last if n.startswith(prefix)), key=_number)]
+
+        starts, epochs = of("started-"), {_number(path): self._get(path) for path in of("epoch-")}
+        started = self._get(starts[0]) if starts else {}
+        failures, pauses = (tuple(map(self._get, of(prefix))) for prefix in ("failed-", "paused-"))
         # Nothing but a trial at a rung asks how far the last attempt was to go.
-        until = self._get(last[starts[-1]])["until"] if starts and pauses else None
+        until = self._get(starts[-1])["until"] if starts and pauses else None
         pauses = tuple(sorted(pauses, key=lambda pause: int(pause["epoch"])))
         return Entry(id, started, len(starts), epochs, None, failures, pauses, until)
 

@@ -307,12 +307,5 @@ def _with_study(config: Mapping[str, Any], study: Study | None, found: list[tupl
         return Verdict(tuple(lines), ())
     share = fit.share_at_start(study, kinds)
     found += fit.misfits(study, share, kinds, config)
-    gpu = " and a GPU" if share.use_gpu else ""
-    lines.append(
-        f"study {study.name}: {share.num_workers} pretraining worker{'s' if share.num_workers > 1 else ''} of "
-        f"{share.cpus_per_worker} CPU{'s' if share.cpus_per_worker > 1 else ''}{gpu}, {share.concurrent_trials} "
-        f"trial{'s' if share.concurrent_trials > 1 else ''} at once of {share.cpus_per_trial} "
-        f"CPU{'s' if share.cpus_per_trial > 1 else ''}"
-        + (f" and {share.gpus_per_trial:g} GPU" if share.use_gpu else "")
-    )
+    lines.append(fit.describe(study, share))
     return Verdict(tuple(lines), tuple(fit.notes(study, share, kinds, machines=most)))

@@ -114,6 +114,15 @@ def notes(study: Study, share: Share, kinds: Sequence[NodeType], *, machines: in
         yield f"data.root={root} is a folder: all machines must have it, or call with --set data.root=s3://…"
 
 
+def describe(study: Study, share: Share) -> str:
+    """Return what a study takes, in words."""
+    workers = f"{share.num_workers} pretraining worker{'s' if share.num_workers > 1 else ''}"
+    worker = _amount(share.cpus_per_worker, 0.0) + (" and a GPU" if share.use_gpu else "")
+    trials = f"{share.concurrent_trials} trial{'s' if share.concurrent_trials > 1 else ''} at once"
+    trial = _amount(share.cpus_per_trial, share.gpus_per_trial)
+    return f"study {study.name}: {workers} of {worker}, {trials} of {trial}"
+
+
 def _amount(cpus: int, gpus: float) -> str:
     return f"{cpus} CPU{'s' if cpus > 1 else ''}" + (f" and {gpus:g} GPU" if gpus else "")
 
