@@ -1,6 +1,6 @@
 """The measures of a run row by row, in plain Python: what the columns of the product must give too.
 
-Of a front's own rows and summary, the numbers of a pool and the interval of its resamples it takes the product's.
+Of a front's own rows and summary, the numbers of a pool and what is made of its resamples it takes the product's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from raybd import differences, fronts, measures, pareto
 from raybd.differences import Pool
 from raybd.fronts import Key
-from raybd.points import Row
+from raybd.points import Floats, Row
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def pool(rows: Sequence[Row], trials: Iterable[Row], *, model: Sequence[Row] | N
     points.sort(key=lambda point: (-point[1]["zeroshot_top1"], point[1]["asr_top1"]))
     chosen = [row for _, row in points]
     elsewhere = [quoted[row["trial_id"], row["epoch"]] for row in chosen]
-    return Pool(
+    return PlainPool(
         trial_P=np.array([number for number, _ in points]),
         top1_P=np.array([row["zeroshot_top1"] for row in chosen]),
         asr_P=np.array([row["asr_top1"] for row in chosen]),
@@ -280,53 +280,15 @@ def pool(rows: Sequence[Row], trials: Iterable[Row], *, model: Sequence[Row] | N
     )
 
 
-def _draw(pool: Pool, count: int, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Return which trials are in each of `count` draws with replacement, shape [count, T]."""
-    drawn_RT = generator.integers(0, pool.num_trials, size=(count, pool.num_trials))
-    included_RT = np.zeros(drawn_RT.shape, dtype=bool)
-    np.put_along_axis(included_RT, drawn_RT, values=True, axis=1)
-    return included_RT
+class PlainPool(Pool):
+    """A pool whose resamples are looked at as a whole."""
 
-
-def compare(
-    pools: Mapping[str, Sequence[Pool]],
-    *,
-    resamples: int = differences.RESAMPLES,
-    level: float = differences.LEVEL,
-    seed: int = differences.SEED,
-) -> list[dict[str, Any]]:
-    """Return the difference of each two pretrain objectives in each measure, with percentile bootstrap intervals."""
-    names = list(pools)
-    if len(names) < 2:
-        return []
-    runs = len(pools[names[0]])
-    generator = np.random.default_rng(seed)
-    runs_RK = generator.integers(0, runs, size=(resamples, runs))
-    whole, resampled = {}, {}
-    for name in names:
-        found = [pool.values(np.ones((1, pool.num_trials), dtype=bool))[0] for pool in pools[name]]
-        whole[name] = np.mean(found, axis=0)
-        values_RKM = np.empty((resamples, runs, len(differences.Measure)))
-        for k, pool in enumerate(pools[name]):
-            here_RK = runs_RK == k
-            values_RKM[here_RK] = pool.values(_draw(pool, int(here_RK.sum()), generator))
-        resampled[name] = values_RKM.mean(axis=1)
-    return [
-        {
-            "first": first,
-            "second": second,
-            "measure": measure.value,
-            "first_value": differences._number(whole[first][m]),
-            "second_value": differences._number(whole[second][m]),
-            "difference": differences._number(whole[first][m] - whole[second][m]),
-            **differences._interval(resampled[first][:, m] - resampled[second][:, m], level),
-            "level": level,
-            "runs": runs,
-            "trials": [sum(pool.num_trials for pool in pools[name]) for name in (first, second)],
-        }
-        for first, second in combinations(names, 2)
-        for m, measure in enumerate(differences.Measure)
-    ]
+    def resampled(self, count: int, generator: np.random.Generator) -> Floats:
+        """Return the measures of as many draws of trials with replacement, shape [count, 3]."""
+        drawn_RT = generator.integers(0, self.num_trials, size=(count, self.num_trials))
+        included_RT = np.zeros(drawn_RT.shape, dtype=bool)
+        np.put_along_axis(included_RT, drawn_RT, values=True, axis=1)
+        return self.values(included_RT)
 
 
 def of_run(run: Run) -> dict[str, Any]:
@@ -372,5 +334,5 @@ def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, 
     compared = []
     for method, by_name in pools.items():
         whole = {name: found for name, found in sorted(by_name.items()) if len(found) == len(runs)}
-        compared += [{"method": method, **entry} for entry in compare(whole, **bootstrap)]
+        compared += [{"method": method, **entry} for entry in differences.compare(whole, **bootstrap)]
     return compared

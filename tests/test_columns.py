@@ -176,7 +176,7 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
     whole = pool(3, trials=trials)
     kept = whole._contenders()
     assert kept.sum() < len(kept) or trials == 5
-    expected = whole.values(plain._draw(whole, 400, np.random.default_rng(1)))
+    expected = plain.PlainPool(**vars(whole)).resampled(400, np.random.default_rng(1))
     assert whole.resampled(400, np.random.default_rng(1)) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 

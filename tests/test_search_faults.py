@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -79,35 +80,42 @@ class Lingering:
 
 def lingers(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
     """Wait at the rung, or end; two of them leave behind a process that cannot be used again at once."""
-    if (done := done_already(Ledger(store), task)) is not None:
-        return done
-    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
-    if task.number in {0, 5}:
-        Lingering.kept.it = Lingering()
-    if task.until is None:
-        epochs(store, task, 2, notify=notify)
-        return ended(store, task)
-    epochs(store, task, 0, task.until, notify=notify)
-    place = {"weight_decay_in_force": None, "node": "here", "device": "cpu", "device_seconds": 1.0}
-    return Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, **place})
+
+    def meanwhile() -> None:
+        if task.number in {0, 5}:
+            Lingering.kept.it = Lingering()
+
+    return to_the_rung_or_the_end(study, store, task, notify, meanwhile)
 
 
 def killed_while_idle(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    """Go on beyond the rung; the first trial's process, which waits for the second one's end, is killed by that."""
-    if (done := done_already(Ledger(store), task)) is not None:
-        return done
-    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
-    if task.until is None:
-        epochs(store, task, 2, notify=notify)
-        return ended(store, task)
+    """Wait at the rung, or end; the first trial's process, which waits for the second one, is killed by that."""
     pid = Path(store.root) / "pid"
-    if task.number == 0:
-        pid.write_text(str(os.getpid()))
-    else:
+
+    def meanwhile() -> None:
+        if task.until is None:
+            return
+        if task.number == 0:
+            pid.write_text(str(os.getpid()))
+            return
         while not pid.exists():
             time.sleep(0.1)
         time.sleep(4)  # the first one is at its rung by then
         os.kill(int(pid.read_text()), signal.SIGKILL)
+
+    return to_the_rung_or_the_end(study, store, task, notify, meanwhile)
+
+
+def to_the_rung_or_the_end(
+    study: Study, store: Store, task: Assignment, notify: Notify, meanwhile: Callable[[], None]
+) -> Entry:
+    if (done := done_already(Ledger(store), task)) is not None:
+        return done
+    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
+    meanwhile()
+    if task.until is None:
+        epochs(store, task, 2, notify=notify)
+        return ended(store, task)
     epochs(store, task, 0, task.until, notify=notify)
     place = {"weight_decay_in_force": None, "node": "here", "device": "cpu", "device_seconds": 1.0}
     return Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, **place})
