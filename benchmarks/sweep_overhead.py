@@ -33,8 +33,6 @@ from raybd.study import Study
 from raybd.study_file import load
 from raybd.train.pretraining import weights_name
 
-_QUIET = ("search.space={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}", "search.sampler=tpe")
-
 
 @dataclass
 class Result:
@@ -87,9 +85,10 @@ def _cpu_seconds() -> float:
 
 def study_of(overrides: list[str], *, trials: int, samples: int) -> Study:
     """Return a study of short trials on the embedded drawings: one pretraining epoch, trials of two."""
+    search = ["search.sampler=tpe", "search.space={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}"]
     own = [f"search.num_trials={trials}", f"clean.num_samples={samples}", "clean.epochs=2", "pretrain.epochs=1"]
     own += ["pretrain.objectives={mmcl: {}}", "data.max_train_samples=2000", "data.max_test_samples=500"]
-    return load("small/grid", overrides=[*_QUIET, *own, "resources.use_gpu=false", *overrides])
+    return load("small/grid", overrides=[*search, *own, "resources.use_gpu=false", *overrides])
 
 
 def alone(study: Study, store: Store, entries: list[Entry], folder: str) -> list[float]:
