@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_overhead.py
 
-A real search on Ray, its trials real cleanings of about two seconds each; then the very same trials one after another
+A real search on Ray, its trials real cleanings of about three seconds each; then the very same trials one after another
 in one process, without Ray and without a driver that writes tables and fronts.
 """
 
@@ -87,7 +87,7 @@ def study_of(overrides: list[str], *, trials: int, samples: int) -> Study:
     """Return a study of short trials on the embedded drawings: one pretraining epoch, trials of two."""
     search = ["search.sampler=tpe", "search.space={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}"]
     own = [f"search.num_trials={trials}", f"clean.num_samples={samples}", "clean.epochs=2", "pretrain.epochs=1"]
-    own += ["pretrain.objectives={mmcl: {}}", "data.max_train_samples=2000", "data.max_test_samples=500"]
+    own += ["pretrain.objectives={mmcl: {}}", "data.max_train_samples=2000", "data.max_test_samples=240"]
     return load("small/grid", overrides=[*search, *own, "resources.use_gpu=false", *overrides])
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     """Measure, print a table, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=700, help="cleaning pairs of a trial: how long it takes")
+    parser.add_argument("--samples", type=int, default=150, help="cleaning pairs of a trial: how long it takes")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the study")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
