@@ -25,6 +25,7 @@ class _State:
     armed = False
     received = False
     from_within = False
+    terminals: tuple[int, ...] = ()
     said = threading.Event()
     last_words: Callable[[], None] = staticmethod(lambda: None)
 
@@ -43,6 +44,7 @@ def interruptible(last_words: Callable[[], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _NUMBERS}
     _State.armed, _State.received, _State.last_words = True, False, staticmethod(last_words)
     _State.said.clear()
+    _State.terminals = tuple(stream for stream in (1, 2) if os.isatty(stream))
     arm()
     try:
         yield
@@ -92,18 +94,19 @@ def _handle(number: int, _: FrameType | None) -> None:
         _State.from_within = False
         raise KeyboardInterrupt
     if number == signal.SIGHUP:
-        # Nobody reads on, and to write to a terminal that is gone is an error.
+        # Nobody reads on, and to write to a terminal that is gone is an error. It is none any more by now, says isatty.
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            if os.isatty(stream):
-                os.dup2(nowhere, stream)
+        for stream in _State.terminals:
+            os.dup2(nowhere, stream)
         os.close(nowhere)
     interrupt()
 
 
 def _say() -> None:
-    _State.last_words()
-    _State.said.set()
+    try:
+        _State.last_words()
+    finally:
+        _State.said.set()
 
 
 def _end() -> None:

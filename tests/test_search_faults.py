@@ -28,6 +28,7 @@ from raybd.store import Store
 from raybd.study import Study
 
 IDS = {"mmcl": "mmcl-aaaa"}
+TRIES = 5
 HALF = {"n_clean": 10, "correct_clean": 5, "n_triggered": 10, "hit_target": 2, "correct_triggered": 0}
 
 
@@ -93,17 +94,16 @@ def killed_while_idle(study: Study, store: Store, task: Assignment, notify: Noti
     pid = Path(store.root) / "pid"
 
     def meanwhile() -> None:
-        if task.until is None:
-            return
-        if task.number == 0:
+        if task.until is not None and task.number == 0:
             pid.write_text(str(os.getpid()))
-            return
-        while not pid.exists():
-            time.sleep(0.1)
-        time.sleep(4)  # the first one is at its rung by then
-        os.kill(int(pid.read_text()), signal.SIGKILL)
 
-    return to_the_rung_or_the_end(study, store, task, notify, meanwhile)
+    at = to_the_rung_or_the_end(study, store, task, notify, meanwhile)
+    if task.until is not None and task.number == 1:
+        while not any(entry.waits and entry.id == "mmcl-0000" for entry in Ledger(store).entries(Kind.TRIAL)):
+            time.sleep(0.1)
+        time.sleep(2)  # Tune knows of it by then
+        os.kill(int(pid.read_text()), signal.SIGKILL)  # and then there is little time left to learn of this
+    return at
 
 
 def to_the_rung_or_the_end(
@@ -172,13 +172,16 @@ def main(root: str) -> None:
             ("on_a_bad_disk", study_of(6), 2, on_a_bad_disk),
             ("lingers", rungs, 2, lingers),
             ("lingers alone", rungs, 1, lingers),
-            ("killed while idle", both, 2, killed_while_idle),
+            # Ray may learn of the death before it hands a trial to the dead process: once is enough that it does not.
+            *((f"killed while idle, {number}", both, 2, killed_while_idle) for number in range(TRIES)),
         ):
+            if any(of.startswith("killed") and result["dropped"] for of, result in found.items()):
+                break
             made.clear()
             dropped.clear()
             told, error = [], None
             try:
-                store = Store(f"{root}/{name.partition(',')[0]}")
+                store = Store(f"{root}/{name.removesuffix(', and nevertheless')}")
                 ends = partial(note_end, told)
                 of_it = replace(share, concurrent_trials=at_once)
                 search.run_search(study, IDS, store, of_it, carry_out, on_epoch=lambda *_: None, on_end=ends)
@@ -280,13 +283,14 @@ def test_a_trial_that_ray_drops_is_run_by_another_process(root: Path, found: dic
 
 def test_a_process_that_dies_between_two_trials_is_no_failure_of_the_next(root: Path, found: dict[str, Any]) -> None:
     """Ray sees it die only as it hands the next trial to it, and tells of two errors: the trial has not begun."""
-    name = "killed while idle"
-    assert found[name]["error"] is None
-    assert found[name]["dropped"] >= 1, "no trial met the dead process: this tests nothing"
-    for entry in entries(root, name):
-        assert (entry.ended or {})["state"] == "complete"
-        assert (entry.attempts, entry.failures) == (2, ())
-    assert found[name]["optuna"] == ["COMPLETE"] * 2
+    names = [name for name in found if name.startswith("killed while idle")]
+    assert found[names[-1]]["dropped"] >= 1, "no trial met the dead process: this tests nothing"
+    for name in names:
+        assert found[name]["error"] is None
+        for entry in entries(root, name):
+            assert (entry.ended or {})["state"] == "complete"
+            assert (entry.attempts, entry.failures) == (2, ())
+        assert found[name]["optuna"] == ["COMPLETE"] * 2
 
 
 class Listed:
