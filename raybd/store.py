@@ -195,6 +195,8 @@ class Store:
             try:
                 place(temporary, target)
             except OSError as error:
+                if place is os.link and os.stat(temporary).st_nlink > 1:
+                    return  # it was done, and the answer got lost, as happens over a network
                 if place is not os.link or error.errno not in _NO_LINKS:
                     raise
                 # A filesystem without links: here two writers at the same moment could both be told that theirs is new.

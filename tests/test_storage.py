@@ -115,6 +115,26 @@ def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest
     assert files(store) == ["x", "y"]
 
 
+@pytest.mark.parametrize("code", [errno.EEXIST, errno.EIO])
+def test_a_new_file_whose_answer_got_lost_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A network filesystem may do what it is asked, lose its answer, and find the file there as it asks again."""
+    link = os.link
+
+    def lost(source: Path, target: Path) -> None:
+        link(source, target)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", lost)
+    store = Store(str(tmp_path))
+    assert store.put_new("x", b"first")
+    monkeypatch.undo()
+    assert not store.put_new("x", b"second")
+    assert store.get("x") == b"first"
+    assert files(store) == ["x"]
+
+
 def test_of_many_writers_of_a_new_file_one_is_told_that_it_wrote_it(tmp_path: Path) -> None:
     store, told = Store(str(tmp_path)), []
 
