@@ -101,6 +101,10 @@ class Ledger:
         """Record that an attempt failed; whether the entry ends with it is another matter."""
         self._append(kind, id, "failed-", record)
 
+    def failure_count(self, kind: Kind, id: str) -> int:
+        """Return how many attempts are recorded as failed."""
+        return len(self._names(kind, id, "failed-"))
+
     def pause(self, kind: Kind, id: str, record: Record) -> Entry:
         """Record that an attempt ended at a rung, `epoch` in the record; return the entry."""
         self._append(kind, id, "paused-", record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,47 @@ def test_what_the_worker_recorded_is_not_counted_twice(store: Store) -> None:
     assert not faults.is_over(TASK, actor_died(DIED))
     assert [found["kind"] for found in Ledger(store).entry(Kind.TRIAL, TASK.trial_id).failures] == ["died", "hung"]
     assert faults.is_over(TASK, actor_died(DIED))
+
+
+def test_a_failure_noted_as_its_machine_went_hides_no_later_one(store: Store) -> None:
+    faults = faults_of(store)
+    start(store)
+    failures.note(store, TASK.trial_id, Failure.OUT_OF_MEMORY, "no memory left", trace="")
+    assert not faults.is_over(TASK, actor_died(MACHINE_GONE))
+    assert faults.is_over(TASK, actor_died(DIED))
+    kinds = [found["kind"] for found in Ledger(store).entry(Kind.TRIAL, TASK.trial_id).failures]
+    assert kinds == ["out_of_memory", "died"]
+
+
+def at_a_rung(store: Store) -> Assignment:
+    task = replace(TASK, until=1)
+    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(STUDY, task))
+    Ledger(store).epoch(Kind.TRIAL, task.trial_id, 1, {})
+    Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": 1, "device_seconds": 1.0})
+    return task
+
+
+def test_a_process_that_dies_once_its_trial_waits_is_no_failure_of_it(store: Store) -> None:
+    faults, task = faults_of(store), at_a_rung(store)
+    assert faults.is_over(task, actor_died(DIED))
+    entry = faults.settled(task)
+    assert entry is not None
+    assert (entry.waits, entry.failures) == (True, ())
+
+
+def test_what_befalls_an_idle_process_is_no_failure_of_the_trial_that_it_had(store: Store) -> None:
+    """Ray's out-of-memory killer names actors, those too that are kept for a next trial."""
+    told: list[str] = []
+    faults = Faults(STUDY, store, [], planned=9, on_end=lambda entry: told.append(entry.id))
+    faults.started(replace(TASK, until=1), "Actor(ImplicitFunc, 2372b9ee99565acd9fed2fb601000000)")
+    faults.ended(at_a_rung(store))
+    error = RuntimeError(f"Caught unexpected exception: {OUT_OF_MEMORY}")
+    error.__cause__ = OutOfMemoryError(OUT_OF_MEMORY)
+    # It has gone on meanwhile, in another process.
+    Ledger(store).start(Kind.TRIAL, TASK.trial_id, start_record(STUDY, TASK))
+    faults.broke_off(error)
+    entry = Ledger(store).entry(Kind.TRIAL, TASK.trial_id)
+    assert (entry.ended, entry.failures, told) == (None, (), [TASK.trial_id])
 
 
 def test_an_ended_trial_whose_process_is_given_up_is_over(store: Store) -> None:

@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 from raybd import signals
 from raybd.assignment import settle
 from raybd.clean.trial import Assignment
+from raybd.cluster.search import _Watch
 from raybd.cluster.searcher import LedgerSearcher, distribution, make_sampler, told
 from raybd.cluster.session import Share, resolve, watched_head
 from raybd.errors import ClusterError, DataError
@@ -649,3 +650,25 @@ def test_what_can_never_be_placed_is_refused(
     share = resolve(Resources(**wanted), cpus=cpus, gpus=gpus, may_grow=True)
     assert share.concurrent_trials >= 1
     assert share.cpus_per_worker >= 1
+
+
+class Listed:
+    """A trial in Tune's list."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id, self.over = trial_id, False
+
+    def is_finished(self) -> bool:
+        return self.over
+
+
+def test_a_drop_is_seen_wherever_the_trial_stands_in_the_list() -> None:
+    told: list[str] = []
+    watch = _Watch(None, lambda *_: None, told.append)  # type: ignore[arg-type]
+    again, new = Listed("again"), Listed("new")
+    watch.on_step_end(1, [again])
+    watch.on_step_end(2, [new, again])  # a trial is added, and one that failed goes to the end, in one step
+    new.over = True
+    watch.on_step_end(3, [new, again])
+    watch.on_step_end(4, [new, again])
+    assert told == ["new"]

@@ -33,10 +33,7 @@ class CleanTrial:
         from raybd.clean.trial import run_trial
 
         torch.set_num_threads(self.threads)
-        gc.collect()
         device = torch.device("cuda" if self.use_gpu else "cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         with Watchdog(store, Kind.TRIAL, task.trial_id, seconds=60 * study.search.hang_minutes) as watchdog:
 
             def report(epoch: int, record: dict[str, Any]) -> None:
@@ -44,4 +41,8 @@ class CleanTrial:
                 with watchdog.waiting():
                     notify(epoch, record)
 
+            # What the trial before left; a GPU that hangs may hang here.
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             return run_trial(study, store, task, device=device, notify=report)

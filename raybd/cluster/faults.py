@@ -11,9 +11,9 @@ import ray.cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError
 
 from raybd import failures
-from raybd.assignment import Assignment, require_started, settle, stop
+from raybd.assignment import Assignment, done_already, require_started, settle, stop
 from raybd.errors import ClusterError, StorageError, SupersededError, TrialError
-from raybd.ledger import Entry
+from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
 from raybd.study import Failure, Study
 
@@ -76,10 +76,12 @@ class Faults:
 
     def ended(self, task: Assignment) -> None:
         """Pass on the end of a trial, or that it waits at a rung."""
+        # Its process is kept for another trial: what befalls it before that is nothing to this one.
+        self._actors = {actor: of for actor, of in self._actors.items() if of.trial_id != task.trial_id}
         self._pass_on(self.settled(task))
 
     def stopped(self, trial_id: str, reason: str) -> bool:
-        """Stop a trial that waits at a rung; return whether that is recorded. Where not, the search ends."""
+        """Stop a trial that waits at a rung; return whether the search goes on: not where the ledger fails."""
         self._pass_on(self.guard(lambda: stop(self._store, trial_id, reason)))
         return self.error is None
 
@@ -115,19 +117,24 @@ class Faults:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, StorageError):
             raise cause
+        ledger = Ledger(self._store)
+        if done_already(ledger, task) is not None:
+            return True  # all was recorded before its process died
+        known = self._known.get(task.trial_id, 0)
+        noted = self._known[task.trial_id] = ledger.failure_count(Kind.TRIAL, task.trial_id)
         if isinstance(cause, SupersededError):
             return False
         if getattr(error, "preempted", False) or any(words in str(error) for words in _MACHINE_GONE):
             log.warning("%s lost its machine: it goes on from its last finished epoch", task.trial_id)
             return False
         entry = require_started(self._store, self._study, task)
-        if entry.ended is None and len(entry.failures) == self._known.get(task.trial_id, 0):
+        if noted == known:
             kind, message = _reason(error, cause)
             trace = _COLOUR.sub("", str(error))
             entry = failures.note(self._store, task.trial_id, kind, message, trace=trace)
         self._known[task.trial_id] = len(entry.failures)
         self.events += 1
-        if entry.ended is not None or failures.is_final(entry, self._study.search):
+        if failures.is_final(entry, self._study.search):
             return True
         log.warning("%s failed and is tried again: %s", task.trial_id, failures.one_line(entry.failures[-1]["message"]))
         return False

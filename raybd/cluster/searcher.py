@@ -83,13 +83,13 @@ class _Known:
     """What a search with rungs remembers of a trial that has been at one.
 
     Attributes:
+        task: what it does next, if it goes on.
         points: by epoch.
         rungs: the epochs at which it has arrived.
         waits: whether it waits at the last of them.
     """
 
     task: Assignment
-    epochs: int
     points: dict[int, Point]
     rungs: tuple[int, ...]
     waits: bool
@@ -168,17 +168,17 @@ class _Objective:
         if not entry.pauses:
             return
         started = entry.started
-        rungs, epochs = tuple(pause["epoch"] for pause in entry.pauses), started["settings"]["epochs"]
+        rungs = tuple(pause["epoch"] for pause in entry.pauses)
         task = Assignment(
             entry.id,
             started["number"],
             self.name,
             started["pretrain_id"],
             started["params"],
-            until=stopping.next_rung(self._search.stopping, done=rungs[-1], epochs=epochs),
+            until=stopping.next_rung(self._search.stopping, done=rungs[-1], epochs=started["settings"]["epochs"]),
         )
         points = {epoch: point(record) for epoch, record in entry.epochs.items()}
-        self.known[entry.id] = _Known(task, epochs, points, rungs, entry.waits)
+        self.known[entry.id] = _Known(task, points, rungs, entry.waits)
 
     @property
     def waiting(self) -> int:
