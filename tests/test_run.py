@@ -165,25 +165,24 @@ def test_another_study_in_the_same_run_directory_is_refused(finished: tuple[Stor
 
 
 def test_a_killed_driver_goes_on_and_ends_with_the_same_numbers(finished: tuple[Store, str], tmp_path: Path) -> None:
-    """SIGTERM, then SIGKILL in pretraining and in the search: the tables are those of the run without a fault."""
+    """SIGKILL in pretraining, then SIGTERM in the search: the tables are those of the run without a fault."""
     run_dir = tmp_path / "killed"
     store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
 
-    def pretraining_is_under_way(objective: str) -> bool:
-        entries = (e for e in ledger.entries(Kind.PRETRAIN) if e.started["objective"] == objective)
+    def second_pretraining_is_under_way() -> bool:
+        entries = (e for e in ledger.entries(Kind.PRETRAIN) if e.started["objective"] == "mmcl_ssl")
         return any(1 in entry.epochs and not entry.ended for entry in entries)
 
     def second_trial_is_under_way() -> bool:
         entries = ledger.entries(Kind.TRIAL)
         return any(e.ended for e in entries) and any(1 in e.epochs and not e.ended for e in entries)
 
+    signal_when(start(TINY, run_dir), signal.SIGKILL, second_pretraining_is_under_way)
     process = start(TINY, run_dir)
-    printed = signal_when(process, signal.SIGTERM, lambda: pretraining_is_under_way("mmcl"))
+    printed = signal_when(process, signal.SIGTERM, second_trial_is_under_way)
     assert process.returncode == 130
     assert "Traceback" not in printed
     assert f"raybd run {TINY} --run-dir {run_dir}" in printed
-    signal_when(start(TINY, run_dir), signal.SIGKILL, lambda: pretraining_is_under_way("mmcl_ssl"))
-    signal_when(start(TINY, run_dir), signal.SIGKILL, second_trial_is_under_way)
     # What Ray would go on from, if it were asked: it is neither asked nor trusted.
     canary = Canary(tmp_path / "canary")
     plant(run_dir, canary)
