@@ -5,9 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-import sys
-import types
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,67 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import raybd.resnet_tiny  # noqa: F401 - timm knows its trunk from here on
 from raybd import checkpoint
 from raybd.errors import CheckpointError, StudyError
 
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut; the first may halve the resolution."""
-
-    def __init__(self, width_in: int, width_out: int, *, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width_out)
-        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or width_in != width_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class TinyResNet(nn.Module):
-    """A residual net for 32-pixel images: a stem and three stages that halve the resolution, mean-pooled features.
-
-    It has what open_clip's timm wrapper asks of a trunk: `num_features`, `default_cfg`, `reset_classifier`.
-    """
-
-    def __init__(self, *, widths: tuple[int, int, int, int]) -> None:
-        super().__init__()
-        stem, *stages = widths
-        self.num_features = widths[-1]
-        self.default_cfg = {"pool_size": (4, 4), "input_size": (3, 32, 32)}
-        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        blocks = [_Block(a, b, stride=2) for a, b in zip(widths[:-1], stages, strict=True)]
-        self.blocks = nn.Sequential(*blocks)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Accept open_clip's call: there is no classifier to reset."""
-        if num_classes or global_pool not in (None, "avg"):
-            raise ValueError("TinyResNet gives mean-pooled features only")
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(image_BCHW)))
-        return self.blocks(x).mean(dim=(2, 3))
-
-
-def raybd_resnet_tiny(**_: Any) -> TinyResNet:
-    """Build the trunk of `resnet-tiny-32` (timm entry point): 0.3 M parameters."""
-    return TinyResNet(widths=(16, 32, 64, 128))
-
-
-raybd_resnet_tiny.__module__ = "timm.models.raybd"  # timm files an entry point under the last part of its module's name
 _CONFIGS = Path(__file__).parent / "model_configs"
 # Where the sigmoid loss starts: arXiv 2303.15343, section 3.2.
 SIGMOID_LOG_SCALE, SIGMOID_BIAS = math.log(10), -10.0
@@ -85,10 +29,6 @@ SIGMOID_LOG_SCALE, SIGMOID_BIAS = math.log(10), -10.0
 @cache
 def register() -> None:
     """Make raybd's small models known to open_clip; calling it again does nothing."""
-    sys.modules.setdefault("timm.models.raybd", types.ModuleType("timm.models.raybd"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        timm.models.register_model(raybd_resnet_tiny)
     open_clip.add_model_config(_CONFIGS)
 
 

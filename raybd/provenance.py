@@ -21,6 +21,7 @@ _NUMERIC_CODE = (
     "assignment.py",
     "evaluate.py",
     "model.py",
+    "resnet_tiny.py",
     "seeding.py",
     "poison",
     "data",
