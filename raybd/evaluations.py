@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -16,20 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
-from raybd import checkpoint, provenance, run_record, tables
+from raybd import checkpoint, provenance, tables
 from raybd.data import cache, prompts, shards
 from raybd.data.cache import Images
 from raybd.data.shards import Index
-from raybd.errors import CheckpointError, DataError, StudyError, dotted
+from raybd.errors import DataError, StudyError
 from raybd.evaluate import Role, make_set, measure
-from raybd.fronts import ALL_METHODS, checkpoint_name
 from raybd.model import Clip, create, image_size, load_weights
 from raybd.poison import triggers
 from raybd.poison.plan import Attack, PoisonPlan, planted
 from raybd.retrieval import captioned, lure, retrieve
+from raybd.run_models import Point, points, study_of
 from raybd.seeding import share
 from raybd.store import Store
 from raybd.study import Data, Study
@@ -50,27 +48,6 @@ class Task(StrEnum):
 
 
 @dataclass(frozen=True)
-class Point:
-    """A model: epoch 0 is a poisoned one, as it was before cleaning."""
-
-    checkpoint: str
-    epoch: int | None = None
-    pretrain_id: str | None = None
-    objective: str | None = None
-    method: str | None = None
-    trial_id: str | None = None
-
-    @property
-    def name(self) -> str:
-        """What the point is called on the screen and in names of files."""
-        return f"{self.trial_id or self.pretrain_id or Path(self.checkpoint).stem}-{self.epoch or 0:04d}"
-
-    def __post_init__(self) -> None:
-        if "/" in self.name:
-            raise CheckpointError("no id of a trial or a pretraining run", where=self.name, expected="ids without /")
-
-
-@dataclass(frozen=True)
 class Request:
     """What to evaluate on; None takes what the study has, or with `data` what is usual there.
 
@@ -86,77 +63,6 @@ class Request:
     classes: str | None = None
     templates: str | None = None
     target_class: str | None = None
-
-
-def study_of(store: Store) -> tuple[Study, Row]:
-    """Return the study of a run directory, and its whole record. Errors: StudyError where it holds numbers only.
-
-    Where decoded images are kept is for this machine to say: a run directory of somebody else would have us write
-    anywhere.
-    """
-    record = run_record.read(store)
-    if "kind" in record and record["kind"] != "study":
-        raise StudyError(
-            f"holds no models to evaluate, only numbers ({record['kind']})",
-            where=store.uri,
-            fix="give a run directory that `raybd run` made",
-        )
-    where = store.path(run_record.NAME)
-    run_record.require(record, ("study", "hash", "pretrain_ids"), where=where)
-    try:
-        study = Study.model_validate_json(json.dumps(record["study"]))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"study.{dotted(first['loc'])}: {first['msg']}", where=where) from None
-    return study.model_copy(update={"data": study.data.model_copy(update={"cache_dir": None})}), record
-
-
-def points(store: Store, record: Row, chosen: Sequence[str] = ()) -> list[Point]:
-    """Return the models of a run: poisoned ones, then those on a front of all epochs; or those chosen.
-
-    Args:
-        chosen: `TRIAL:EPOCH` texts, by the trial's id; epoch 0 is the poisoned model that it started from.
-
-    Errors: StudyError on a text of another form; CheckpointError where there are no such weights.
-    """
-    ids = record["pretrain_ids"]
-    poisoned = [Point(f"pretrained/{ids[name]}.safetensors", 0, ids[name], name) for name in ids]
-    trials = {row["trial_id"]: row for row in tables.read(store, "epochs").to_pylist() if row["epoch"] == 0}
-    if chosen:
-        return [_chosen(store, text, trials) for text in dict.fromkeys(chosen)]
-    kept = [point for point in poisoned if store.exists(point.checkpoint)]
-    if not kept:
-        raise CheckpointError("no model yet", where=store.uri, fix="let `raybd pretrain` or `raybd run` end")
-    found = {}
-    for row in tables.read(store, "fronts").to_pylist():
-        # The front over all methods has no point that is on no method's own.
-        shown = row["kind"] == "any_epoch" and row["method"] != ALL_METHODS
-        if shown and row["epoch"] and row["checkpoint"] and store.exists(row["checkpoint"]):
-            names = ("checkpoint", "epoch", "pretrain_id", "objective", "method", "trial_id")
-            found[row["checkpoint"]] = Point(**{name: row[name] for name in names})
-    return kept + list(found.values())
-
-
-def _chosen(store: Store, text: str, trials: dict[str, Row]) -> Point:
-    where = f"--point {text}"
-    trial_id, _, epoch = text.rpartition(":")
-    if not trial_id or not epoch.isdecimal():
-        raise StudyError("not of the form TRIAL:EPOCH", where=where, expected="a trial's id and an epoch")
-    if trial_id not in trials:
-        close = difflib.get_close_matches(trial_id, trials, n=3)
-        fix = f"did you mean {', '.join(close)}?" if close else "`raybd pareto RUN -f json` has the ids"
-        raise CheckpointError(f"no trial {trial_id!r} in this run", where=where, fix=fix)
-    row, number = trials[trial_id], int(epoch)
-    name = checkpoint_name(trial_id, number) if number else f"pretrained/{row['pretrain_id']}.safetensors"
-    if not store.exists(name):
-        kept = [other.rpartition("-")[2].partition(".")[0] for other in store.names(f"weights/{trial_id}")]
-        raise CheckpointError(
-            f"the weights of epoch {number} are not kept",
-            where=where,
-            expected=f"epoch 0 or one of: {', '.join(str(int(n)) for n in kept)}" if kept else "epoch 0",
-            fix="only points of a front keep their weights",
-        )
-    return Point(name, number, row["pretrain_id"], row["objective"], row["method"], trial_id if number else None)
 
 
 class Evaluator:

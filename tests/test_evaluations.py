@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from raybd import checkpoint, evaluations, model, study_file, tables
+from raybd import checkpoint, evaluations, model, run_models, study_file, tables
 from raybd.cli import app
 from raybd.console import View
 from raybd.errors import CheckpointError, DataError, RaybdError, StudyError
@@ -192,8 +192,9 @@ def test_images_of_the_search_half_are_known_under_another_root(run: Store, root
 
 
 def test_one_point_may_be_chosen(run: Store) -> None:
-    (row,) = evaluate_run(run, Request(), chosen=["mmcl-0:2"])
-    assert row["checkpoint"] == checkpoint_name("mmcl-0", 2)
+    for text in ("mmcl-0:2", "mmcl-0"):  # the one epoch that is kept
+        (row,) = evaluate_run(run, Request(), chosen=[text])
+        assert row["checkpoint"] == checkpoint_name("mmcl-0", 2)
     (row,) = evaluate_run(run, Request(), chosen=["mmcl-0:0", "mmcl-0:0"])
     assert row["checkpoint"] == f"pretrained/{ids_of(run)['mmcl']}.safetensors"
 
@@ -201,7 +202,7 @@ def test_one_point_may_be_chosen(run: Store) -> None:
 @pytest.mark.parametrize(
     ("request_", "chosen", "said"),
     [
-        (Request(), ["mmcl-0"], "not of the form TRIAL:EPOCH"),
+        (Request(), ["mmcl"], "did you mean mmcl-0"),
         (Request(), ["mmcl-9:2"], "did you mean mmcl-0"),
         (Request(), ["mmcl-0:1"], "epoch 0 or one of: 2"),
         (Request(target_class="dogs"), [], "no class 'dogs'"),
@@ -289,12 +290,12 @@ def test_a_file_needs_a_study_and_has_no_points(run: Store, more: list[str]) -> 
 
 
 def test_parts_are_named_by_point_task_and_data(run: Store) -> None:
-    found, record = evaluations.study_of(run)
+    found, record = run_models.study_of(run)
     several = [
         evaluations.Evaluator(found, Request(templates=templates, target_class=target))
         for templates, target in itertools.product((None, "simple"), (None, "cat"))
     ]
-    points = evaluations.points(run, record)
+    points = run_models.points(run, record)
     names = {evaluator.part(point) for evaluator in several for point in points}
     assert len(names) == len(several) * len(points)
     assert all("/" not in name for name in names)
