@@ -478,7 +478,7 @@ def test_the_report_names_each_attack_and_control() -> None:
         {"trigger": "sig", "target": "cat", "pairs": 2},
         {"trigger": "badnet", "target": "cat", "pairs": 1},
     ]
-    assert planted(plan[::2]) == []
+    assert planted(plan[::2]) == [{"trigger": "sig", "target": "cat", "pairs": 2}]
     same = {"objective": "mmcl", "pretrain_id": "mmcl-1", "trigger": '{"name": "sig", "alpha": 0.5}'}
     rows = [
         {**same, "trial_id": trial, "epoch": epoch, "role": role, "target_class": "cat"}

@@ -1,4 +1,4 @@
-"""What the report says of several attacks, and of triggers that were not planted. Empty where there is one attack."""
+"""What the report says of each attack, and of triggers that were not planted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from raybd.report.words import Row
 
 
 def planted(plan: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return trigger, target and number of pairs of each attack of a poison plan that has several."""
+    """Return trigger, target and number of pairs of each attack of a poison plan."""
     found = Counter((row["trigger"], row["target_class"]) for row in plan)
-    if len(found) < 2:
-        return []
     return [
         {"trigger": trigger_text(trigger), "target": target, "pairs": pairs}
         for (trigger, target), pairs in found.items()

@@ -14,7 +14,7 @@ from raybd import tables
 from raybd.metrics import wilson
 from raybd.report import text
 from raybd.report.terminal import sheet
-from raybd.report.words import Row, percent
+from raybd.report.words import Row, share
 from raybd.tables import RECALL_AT
 
 # Measure → columns of its count and of what it is counted in.
@@ -58,7 +58,7 @@ def _table(rows: Sequence[Row]) -> Table:
         for name in ("accuracy %", "ASR %", "robust accuracy %"):
             table.add_column(name, justify="right")
         for row in rows:
-            cells = [f"{_share(count, n)}\n{count} of {n}" for count, n in _counts(row).values()]
+            cells = [f"{share(count, n)}\n{count} of {n}" for count, n in _counts(row).values()]
             table.add_row(_name(row), *cells)
         return table
     for name in ("", *(f"@{k} %" for k in RECALL_AT), "of"):
@@ -66,15 +66,10 @@ def _table(rows: Sequence[Row]) -> Table:
     for row in rows:
         counts = _counts(row)
         for name, (label, n) in _RETRIEVAL.items():
-            cells = [_share(*counts[f"{name}_at_{k}"]) for k in RECALL_AT]
+            cells = [share(*counts[f"{name}_at_{k}"]) for k in RECALL_AT]
             model = _name(row) if name == "image_to_text" else ""
             table.add_row(model, label, *cells, row[n], end_section=name == "retrieval_control")
     return table
-
-
-def _share(count: int, n: int) -> str:
-    low, high = wilson(count, n)
-    return f"{percent(count / n)} [{percent(low, digits=1)}, {percent(high, digits=1)}]"
 
 
 def _name(row: Row) -> str:

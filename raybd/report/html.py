@@ -75,8 +75,8 @@ def build(store: Store) -> bytes:
         states=Counter(row["state"] for row in found["trials"]),
         failures=[row for row in _by_number(found["trials"]) if _went_wrong(row)],
         skipped=_skipped(found, store),
-        settings=_flat(record["study"]),
-        environment=_flat(record.get("environment", {})),
+        settings=words.flat(record["study"]),
+        environment=words.flat(record.get("environment", {})),
     )
     return page.encode()
 
@@ -118,12 +118,13 @@ def _rate(row: Row, rate: str, hits: str, n: str) -> dict[str, str]:
 
 def _attack(study: Row, plan: Sequence[Row], store: Store) -> dict[str, Any]:
     poison = study.get("poison", {})
+    planted = attacks.planted(plan)
     preview = store.get("preview.png") if store.exists("preview.png") else b""
     is_png = preview.startswith(b"\x89PNG\r\n\x1a\n")
     return {
         "target_class": poison.get("target_class") or (plan[0]["target_class"] if plan else ""),
-        "trigger": dict(_flat(poison.get("trigger", {}))),
-        "several": attacks.planted(plan),
+        "trigger": dict(words.flat(poison.get("trigger", {}))),
+        "several": planted if len(planted) > 1 else [],
         "planned": len(plan),
         "rate": poison.get("poison_rate"),
         "captions": plan[:_CAPTIONS],
@@ -306,19 +307,3 @@ def _skipped(found: Mapping[str, list[Row]], store: Store) -> list[dict[str, Any
         broken = [r["broken"] or 0 for r in found["epochs"] if (r["objective"], r["pretrain_id"]) == name]
         rows.append({"stage": f"cleaning {run}", "broken": max(broken)})
     return rows
-
-
-def _flat(settings: Mapping[str, Any], *, at: str = "") -> list[tuple[str, str]]:
-    """Return nested settings as (dotted name, value) pairs."""
-    found = []
-    for key, value in settings.items():
-        name = f"{at}.{key}" if at else str(key)
-        if isinstance(value, Mapping) and value:
-            found += _flat(value, at=name)
-        elif isinstance(value, list | tuple):
-            found.append((name, ", ".join(map(str, value)) or "–"))
-        elif isinstance(value, bool):
-            found.append((name, "yes" if value else "no"))
-        else:
-            found.append((name, "–" if value in (None, "", {}) else str(value)))
-    return found

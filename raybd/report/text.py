@@ -140,9 +140,14 @@ def as_csv(fronts: Mapping[str, Iterable[Row]]) -> str:
 
 def as_markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown, for a notebook; every text stands for itself: no tag, link or picture in it works."""
-    lines = [heads, ["---"] * len(heads), *([_escaped(cell) for cell in row] for row in rows)]
+    lines = [heads, ["---"] * len(heads), *([escaped(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*\[\]<>&|$!~])", r"\\\1", plain(" ".join(text.split())))
+def escaped(text: object) -> str:
+    """Return a text for Markdown, on one line, that stands for itself: no tag, link, picture or emphasis works."""
+    return _MARKUP.sub(r"\\\g<0>", plain(" ".join(str(text).split())))
+
+
+# What Markdown takes for more than itself (not _ within a word); addresses become links by themselves in some dialects.
+_MARKUP = re.compile(r"[\\`*\[\]<>&|$!~:@#]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE)

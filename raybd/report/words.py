@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raybd.fronts import ALL_METHODS, HALVES, WHOLE, objective_names
+from raybd.metrics import wilson
 from raybd.plain import plain
 
 Row = Mapping[str, Any]
@@ -23,6 +24,12 @@ def percent(fraction: float | None, *, digits: int = 2) -> str:
     if fraction is None or not math.isfinite(fraction):
         return "–"
     return f"{100 * fraction:.{digits}f}"
+
+
+def share(count: int, n: int) -> str:
+    """Return a share in percent, with its 95 % Wilson interval in brackets."""
+    low, high = wilson(count, n)
+    return f"{percent(count / n)} [{percent(low, digits=1)}, {percent(high, digits=1)}]"
 
 
 def number(value: object) -> str:
@@ -83,6 +90,22 @@ def settings(trial: Row | None) -> str:
         other_params(trial),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def flat(settings: Mapping[str, Any], *, at: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as (dotted name, value) pairs; a dash for what is not set."""
+    found = []
+    for key, value in settings.items():
+        name = f"{at}.{key}" if at else str(key)
+        if isinstance(value, Mapping) and value:
+            found += flat(value, at=name)
+        elif isinstance(value, list | tuple):
+            found.append((name, ", ".join(map(str, value)) or "–"))
+        elif isinstance(value, bool):
+            found.append((name, "yes" if value else "no"))
+        else:
+            found.append((name, "–" if value in (None, "", {}) else str(value)))
+    return found
 
 
 @dataclass(frozen=True)
