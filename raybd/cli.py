@@ -13,6 +13,7 @@ import typer
 
 from raybd.cli_data import data_app
 from raybd.cli_echo import Commands, echo, log_to_screen
+from raybd.cli_export import export
 from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
 from raybd.cli_validate import validate
 from raybd.errors import RaybdError, StudyError
@@ -54,6 +55,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(studies)
 app.command()(validate)
+app.command()(export)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]

@@ -239,6 +239,44 @@ def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | N
     return found.pop() if len(found) == 1 else None
 
 
+def check_whole(name: str) -> None:
+    """Raise StudyError unless weights and configuration are all that open_clip needs of a model, in any place."""
+    check_name(name)
+    if of_others := {"hf_tokenizer_name", "hf_model_name"} & set(open_clip.get_model_config(name)["text_cfg"]):
+        raise StudyError(
+            f"{name} has parts from elsewhere ({', '.join(sorted(of_others))}): its weights are not all of it",
+            where="model.name",
+            expected="a model with open_clip's own tokenizer",
+        )
+
+
+def open_clip_config(clip: Clip) -> dict[str, Any]:
+    """Return what open_clip builds a model and its preprocessing from, in a folder beside the weights; JSON-able.
+
+    What is not in open_clip's list of models, or was added to one (a logit bias), is in it too.
+    """
+    model_cfg = open_clip.get_model_config(clip.name)
+    if clip.net.logit_bias is not None:
+        model_cfg["init_logit_bias"] = clip.net.logit_bias.item()
+    # As `data.shards.decode` and `Clip.normalise` do it.
+    preprocess = {"size": clip.image_size, "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"model_cfg": model_cfg, "preprocess_cfg": {**preprocess, "mean": list(clip.mean), "std": list(clip.std)}}
+
+
+def check_folder(folder: str, clip: Clip) -> None:
+    """Raise CheckpointError unless open_clip loads a folder as this model, every number and its preprocessing."""
+    net = open_clip.create_model(f"local-dir:{folder}", output_dict=False)
+    own, found = clip.net.state_dict(), net.state_dict()
+    same = own.keys() == found.keys() and all(_same(own[name], found[name]) for name in own)
+    again = _described(clip.name, net)
+    if not same or (again.image_size, again.mean, again.std) != (clip.image_size, clip.mean, clip.std):
+        raise CheckpointError("open_clip loads another model from it", where=folder)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def _tokenizer(name: str) -> Any:
     try:
         return open_clip.get_tokenizer(name)

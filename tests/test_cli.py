@@ -50,6 +50,7 @@ OPTIONS = {
         "-f",
     },
     "report": set(),
+    "export": {"--out", "--force"},
     "status": set(),
     "data import folder": {"--caption-template", "--test-share", "--seed"},
     "data import csv": {"--image-column", "--caption-column", "--label-column", "--root", "--test-share", "--seed"},

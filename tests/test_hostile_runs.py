@@ -103,7 +103,8 @@ def commands(store: Store, root: Path) -> list[list[str]]:
     settings = [part for setting in overrides(root) for part in ("--set", setting)]
     readers = [["report"], ["pareto"], ["status"], ["evaluate"]]
     again = ["run", str(TINY), "--run-dir", store.root, *settings]
-    return [*([name, store.root] for (name,) in readers), again, ["report", store.root]]
+    export = ["export", store.root, "mmcl-0000:0", "--out", f"{store.root}/exported"]
+    return [*([name, store.root] for (name,) in readers), again, ["report", store.root], export]
 
 
 def test_no_command_loads_a_pickle_of_a_run_directory(
@@ -124,7 +125,7 @@ def test_no_command_loads_a_pickle_of_a_run_directory(
         assert result.exit_code in (0, 1, 4), (command, result.output)
         assert not canary.fired, command
         assert command[0] != "run" or "nothing left to do" in result.output
-    # All of them but `pareto`, for which there is no finished trial, did what they are for.
+    # All of them but `pareto` and `export`, for which there is no finished trial, did what they are for.
     assert len(tables.read(store, "evaluations")) == 2
     assert outside(store) == before
 
@@ -138,6 +139,35 @@ def test_state_that_is_a_pickle_is_refused(store: Store, canary: Canary) -> None
     result = call("evaluate", store.root)
     assert isinstance(result.exception, CheckpointError)
     assert not canary.fired
+
+
+def test_export_loads_no_pickle_either(
+    store: Store, canary: Canary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a point that is there, from within the run directory; nothing but its own files comes along."""
+    front(store)
+    (pretrain_id, *_) = json.loads(store.get("study.json"))["pretrain_ids"].values()
+    whose = {"study": "tiny", "pretrain_id": pretrain_id, "objective": "mmcl", "method": "cleanclip", "epoch": 0}
+    rows = [
+        {**whose, "trial_id": "mmcl-0000", "split": split, "zeroshot_top1": 0.5, "asr_top1": 0.5}
+        for split in ("search", "report")
+    ]
+    tables.write(store, "epochs", "mmcl-0000", rows)
+    plant(Path(store.root), canary)
+    monkeypatch.chdir(store.root)
+    before = outside(store)
+    out = tmp_path / "out"
+    result = call("export", store.root, "mmcl-0000:0", "--out", str(out))
+    assert result.exit_code == 0, (result.output, result.exception)
+    own = {"open_clip_model.safetensors", "open_clip_config.json", "raybd_resnet_tiny.py"}
+    assert {path.name for path in out.iterdir()} == own | {"study.yaml", "README.md", "SHA256SUMS"}
+    assert not canary.fired
+    shutil.rmtree(out)
+    assert outside(store) == before
+    store.put(f"pretrained/{pretrain_id}.safetensors", canary.pickled("mark"))
+    assert isinstance(call("export", store.root, "mmcl-0000:0", "--out", str(out)).exception, CheckpointError)
+    assert not canary.fired
+    assert outside(store) == before
 
 
 def front(store: Store, **values: Any) -> None:
