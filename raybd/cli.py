@@ -14,7 +14,17 @@ import typer
 from raybd.cli_data import data_app
 from raybd.cli_echo import Commands, echo, log_to_screen
 from raybd.cli_export import export
-from raybd.cli_plan import DryOption, NoProbeOption, PlanFormat, PlanFormatOption, TflopsOption, print_plan, studies
+from raybd.cli_plan import (
+    ClusterOption,
+    DryOption,
+    NoProbeOption,
+    PlanFormat,
+    PlanFormatOption,
+    PriceOption,
+    TflopsOption,
+    print_plan,
+    studies,
+)
 from raybd.cli_validate import validate
 from raybd.errors import RaybdError, StudyError
 
@@ -158,11 +168,13 @@ def run(
     dry_run: DryOption = False,  # noqa: FBT002
     tflops: TflopsOption = None,
     no_probe: NoProbeOption = False,  # noqa: FBT002
+    cluster: ClusterOption = None,
+    price: PriceOption = None,
     format_: PlanFormatOption = PlanFormat.TABLE,
 ) -> None:
     """Carry a study out: poison, pretrain, search, fronts, report. Called again, it goes on where it stopped."""
     if dry_run:
-        print_plan(study, set_, tflops, format_, probe=not no_probe, search=True)
+        print_plan(study, set_, tflops, format_, probe=not no_probe, search=True, cluster=cluster, prices=price)
         return
     _carry_out(study, set_, run_dir, address, until="search", allow_code_change=allow_code_change)
 
@@ -177,11 +189,13 @@ def pretrain(
     dry_run: DryOption = False,  # noqa: FBT002
     tflops: TflopsOption = None,
     no_probe: NoProbeOption = False,  # noqa: FBT002
+    cluster: ClusterOption = None,
+    price: PriceOption = None,
     format_: PlanFormatOption = PlanFormat.TABLE,
 ) -> None:
     """Poison and pretrain only: one model for each pretrain objective."""
     if dry_run:
-        print_plan(study, set_, tflops, format_, probe=not no_probe, search=False)
+        print_plan(study, set_, tflops, format_, probe=not no_probe, search=False, cluster=cluster, prices=price)
         return
     _carry_out(study, set_, run_dir, address, until="pretrain", allow_code_change=allow_code_change)
 

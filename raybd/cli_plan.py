@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from raybd.cli_echo import echo
+from raybd.errors import StudyError
 
 
 class PlanFormat(StrEnum):
@@ -24,14 +25,33 @@ TflopsOption = Annotated[
     float | None, typer.Option(help="with --dry-run: hours of a device that sustains so many TFLOP/s", min=1e-6)
 ]
 NoProbeOption = Annotated[bool, typer.Option("--no-probe", help="with --dry-run: do not time this machine's device")]
+ClusterOption = Annotated[
+    str | None, typer.Option(help="with --dry-run: hours and price on the machines of a cluster file")
+]
+PriceOption = Annotated[
+    list[str] | None,
+    typer.Option("--price", metavar="TYPE=USD", help="with --cluster: what an hour of a machine costs"),
+]
 PlanFormatOption = Annotated[PlanFormat, typer.Option("--format", "-f", help="with --dry-run: how to print")]
 
 
 def print_plan(
-    study: str, overrides: list[str] | None, tflops: float | None, format_: PlanFormat, *, probe: bool, search: bool
+    study: str,
+    overrides: list[str] | None,
+    tflops: float | None,
+    format_: PlanFormat,
+    *,
+    probe: bool,
+    search: bool,
+    cluster: str | None,
+    prices: list[str] | None,
 ) -> None:
-    """Print what a study would do and cost; see `planning.make`."""
+    """Print what a study would do and cost; see `planning.make`, and `planning.billed` for a cluster file."""
     from raybd import study_file
+
+    priced = dict(_price(text) for text in prices or ())
+    if priced and cluster is None:
+        raise StudyError("of which cluster?", where="--price", fix="give its file with --cluster")
 
     found = study_file.load(study, overrides=overrides or [])
     # These import torch, which a mistake in the study does not wait for.
@@ -39,7 +59,8 @@ def print_plan(
     from raybd.report import planned
 
     speed = planning.speed(found, tflops=tflops, probe=probe)
-    plan = planning.make(found, speed=speed, search=search).as_dict()
+    made = planning.make(found, speed=speed, search=search)
+    plan = (planning.billed(made, found, cluster, priced) if cluster is not None else made).as_dict()
     if format_ is PlanFormat.JSON:
         echo(json.dumps(plan, indent=1))
         return
@@ -49,6 +70,14 @@ def print_plan(
     console.print(planned.table(plan))
     for line in planned.lines(plan, gpu_wanted=found.resources.use_gpu is True):
         echo(line)
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, amount = text.rpartition("=")
+    try:
+        return name, float(amount)
+    except ValueError:
+        raise StudyError(text, where="--price", expected="TYPE=USD, as in gpu_spot=0.5") from None
 
 
 def studies(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from pydantic import ValidationError
 
 from raybd import costs, stopping
 from raybd import space as search_space
+from raybd.cluster import bill, cluster_file
+from raybd.cluster.bill import Bill
 from raybd.data import cache, prompts, shards
 from raybd.data.pairs import steps
 from raybd.errors import DataError, StudyError
 from raybd.model import image_size
 from raybd.seeding import fork
 from raybd.space import Range, Value
-from raybd.study import CleanSettings, Sampler, Study, TrainSettings
+from raybd.study import CleanSettings, Sampler, Study, TrainSettings, mistakes
 from raybd.train.probe import Speed, measure
 
 _PETA, _HOUR = 1e15, 3600.0
@@ -94,6 +98,7 @@ class Plan:
     Attributes:
         drawn: whether trials are stood for by draws at random, the sampler's own not being known beforehand.
         left_out: points of a grid that `num_trials` leaves out, for each objective.
+        bill: what it takes on a certain cluster, where one was given.
     """
 
     study: str
@@ -104,6 +109,7 @@ class Plan:
     parts: tuple[Part, ...]
     speed: Speed | None
     storage: Storage
+    bill: Bill | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able data, with totals."""
@@ -148,6 +154,35 @@ def make(study: Study, *, speed: Speed | None, search: bool) -> Plan:
         speed=speed,
         storage=_storage(study, found, parts),
     )
+
+
+def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) -> Plan:
+    """Return a plan with what it takes on the machines of a cluster file.
+
+    Args:
+        cluster: path of the file; words that are to be filled in may stand in it.
+        prices: USD for an hour of a machine, by node type, besides those of the file.
+
+    Errors: StudyError for mistakes in the file, what of the study finds no place there, and prices of other node types.
+    """
+    if not os.path.isfile(cluster):
+        raise StudyError("no such cluster file", where="--cluster", fix="give the path of a file that `ray up` takes")
+    verdict = cluster_file.check(Path(cluster), study, filled_in=False)
+    assert verdict.share is not None
+    names = [kind.name for kind in verdict.machines.kinds]
+    for name, price in prices.items():
+        if name not in names:
+            raise StudyError(
+                f"no node type {name}" + mistakes.suggest(name, names), where="--price", expected=", ".join(names)
+            )
+        if not cluster_file.is_price(price):
+            raise StudyError(f"{name}={price}", where="--price", expected="USD for an hour of a machine, 0 or more")
+    work: dict[str, float | None] = {}
+    for part in plan.parts:
+        before = work.get(part.stage, 0.0)
+        work[part.stage] = None if before is None or part.device_hours is None else before + part.device_hours
+    machines = replace(verdict.machines, prices={**verdict.machines.prices, **prices})
+    return replace(plan, bill=bill.make(machines, verdict.share, work))
 
 
 def speed(study: Study, *, tflops: float | None, probe: bool) -> Speed | None:

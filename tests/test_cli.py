@@ -26,7 +26,7 @@ from raybd.train.inputs import Inputs
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
 runner = CliRunner()
 
-DRY_RUN = {"--dry-run", "--tflops", "--no-probe", "--format", "-f"}
+DRY_RUN = {"--dry-run", "--tflops", "--no-probe", "--cluster", "--price", "--format", "-f"}
 OPTIONS = {
     "demo": {"--run-dir"},
     "run": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},

@@ -7,22 +7,26 @@ take and a study would fail on or wait for without end.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from raybd import study_file
 from raybd.cluster import credentials
-from raybd.cluster.node_types import NodeType, custom, max_workers, node_types, whole
+from raybd.cluster.node_types import Machines, NodeType, custom, max_workers, node_types, prices, whole
 from raybd.cluster.walk import walk
 from raybd.errors import StudyError, dotted
 from raybd.study import Study, mistakes
 from raybd.study.mistakes import Place
+
+if TYPE_CHECKING:
+    from raybd.cluster.session import Share  # imports ray
 
 # Keys that no study has, and every cluster file has some of.
 _OWN_KEY = re.compile(
@@ -51,10 +55,14 @@ class Verdict:
     Attributes:
         lines: what there may be, and what a study takes of it.
         notes: what is no mistake, but should be known.
+        machines: what there may be, for who counts with it.
+        share: what a study takes of it, where one was given.
     """
 
     lines: tuple[str, ...]
     notes: tuple[str, ...]
+    machines: Machines
+    share: Share | None = None
 
 
 def is_one(text: str) -> bool:
@@ -62,12 +70,16 @@ def is_one(text: str) -> bool:
     return bool(_OWN_KEY.search(text))
 
 
-def check(path: Path, study: Study | None = None) -> Verdict:
-    """Check a cluster file. Errors: StudyError that lists every mistake, each with file and line."""
-    return parse(study_file.read_text(path), source=str(path), study=study)
+def check(path: Path, study: Study | None = None, *, filled_in: bool = True) -> Verdict:
+    """Check a cluster file. Errors: StudyError that lists every mistake, each with file and line.
+
+    Args:
+        filled_in: refuse words that wait to be replaced, such as BUCKET.
+    """
+    return parse(study_file.read_text(path), source=str(path), study=study, filled_in=filled_in)
 
 
-def parse(text: str, *, source: str, study: Study | None = None) -> Verdict:
+def parse(text: str, *, source: str, study: Study | None = None, filled_in: bool = True) -> Verdict:
     """Check a cluster file given as YAML text; `source` is what its errors call it. Errors: StudyError."""
     marks: dict[Place, str] = {}
     problems: list[tuple[str, str]] = []
@@ -80,8 +92,8 @@ def parse(text: str, *, source: str, study: Study | None = None) -> Verdict:
     for place, kind, secret in credentials.found(config):
         secrets.setdefault((place, secret), kind)
     found = [(place, f"{kind} is written into the file: {_UNSAID}") for (place, _), kind in secrets.items()]
-    found += _filled_in(config)
-    verdict = Verdict((), ())
+    found += _filled_in(config) if filled_in else ()
+    verdict = Verdict((), (), Machines((), 0, {}))
     odd = list(_odd_keys(config))
     wrong, sound = (odd, False) if odd else _rules(config)
     found += wrong
@@ -145,7 +157,7 @@ def _rules(config: dict[str, Any]) -> tuple[list[tuple[Place, str]], bool]:
     if not found and (refusal := rays_rules.refusal(config)):
         return [((), f"Ray would refuse it: {refusal}")], False
     if sound:
-        found += [*_driver(config), *_storage(config), *_commands(config)]
+        found += [*_driver(config), *_storage(config), *_commands(config), *_prices(config)]
     return found, sound
 
 
@@ -281,6 +293,25 @@ def _storage(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
         yield at, f"no place that all machines can write to; {fix}"
 
 
+def _prices(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+    """Yield what is wrong with prices."""
+    metadata = config.get("metadata")
+    if isinstance(metadata, dict) and not isinstance(metadata.get("prices", {}), dict):
+        yield ("metadata", "prices"), "node types, each with the USD that an hour of one costs"
+    names = [kind.name for kind in node_types(config)]
+    for name, price in prices(config):
+        at: Place = ("metadata", "prices", str(name))
+        if name not in names:
+            yield at, "no such node type" + mistakes.suggest(str(name), names)
+        elif not is_price(price):
+            yield at, f"{mistakes.cut(str(price))}: USD for an hour of a machine, 0 or more"
+
+
+def is_price(value: object) -> bool:
+    """Return whether a value is an amount of money, or of nothing."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def _commands(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yield that Ray's own setup would install a nightly build, and not raybd."""
     if config["provider"]["type"] in ("aws", "gcp", "azure") and "setup_commands" not in config:
@@ -297,6 +328,7 @@ def _with_study(config: Mapping[str, Any], study: Study | None, found: list[tupl
     from raybd.cluster import fit
 
     kinds, most = node_types(config), max_workers(config)
+    machines = Machines(kinds, most, dict(prices(config)))
     lines = []
     for kind in kinds:
         least, last = (1, 1) if kind.head else (kind.least, min(kind.most, most))
@@ -304,8 +336,8 @@ def _with_study(config: Mapping[str, Any], study: Study | None, found: list[tupl
             lines.append(f"{least if least == last else f'{least} to {last}'} × {kind.describe()}")
     lines.append(f"beside the head at most {most}")
     if study is None:
-        return Verdict(tuple(lines), ())
+        return Verdict(tuple(lines), (), machines)
     share = fit.share_at_start(study, kinds)
     found += fit.misfits(study, share, kinds, config)
     lines.append(fit.describe(study, share))
-    return Verdict(tuple(lines), tuple(fit.notes(study, share, kinds, machines=most)))
+    return Verdict(tuple(lines), tuple(fit.notes(study, share, kinds, machines=most)), machines, share)

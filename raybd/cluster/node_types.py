@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,25 @@ class NodeType:
         return f"{self.name}{machine}: {' and '.join(has) or 'what it has is not known here'}"
 
 
+@dataclass(frozen=True)
+class Machines:
+    """All machines that a file allows.
+
+    Attributes:
+        most: how many beside the head.
+        prices: USD for an hour of a machine, by node type, as far as they are known.
+    """
+
+    kinds: tuple[NodeType, ...]
+    most: int
+    prices: Mapping[str, float]
+
+    @property
+    def described(self) -> bool:
+        """Whether it is known of each machine what it has."""
+        return all(kind.cpus is not None and kind.gpus is not None for kind in self.kinds)
+
+
 def max_workers(config: Mapping[str, Any]) -> int:
     """Return how many machines a file allows beside the head."""
     provider = config["provider"]
@@ -127,6 +146,14 @@ def _node_type(name: str, given: Mapping[str, Any], config: Mapping[str, Any]) -
         most=own if own is not None else 0 if head else math.inf,
         head=head,
     )
+
+
+def prices(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what a file says an hour of a machine costs, by node type: `metadata.prices`, which Ray passes over."""
+    metadata = config.get("metadata")
+    given = metadata.get("prices") if isinstance(metadata, dict) else None
+    if isinstance(given, dict):
+        yield from given.items()
 
 
 def custom(resources: Mapping[str, Any]) -> list[str]:

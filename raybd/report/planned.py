@@ -71,7 +71,32 @@ def lines(plan: Mapping[str, Any], *, gpu_wanted: bool) -> list[str]:
         f"trial leaves one ({size(storage['model'])} each), {size(storage['tables'])} of tables; "
         f"{size(storage['state'])} for each run under way, {size(storage['cache'])} of decoded images in the cache"
     )
-    return said
+    return said + (_bill(plan["bill"]) if plan["bill"] else [])
+
+
+def _bill(bill: Mapping[str, Any]) -> list[str]:
+    """Return what a cluster would take."""
+    said = []
+    for stage in bill["stages"]:
+        who = "pretraining workers" if stage["name"] == "pretrain" else "trials at once"
+        on = " and ".join(f"{count} × {name}" for name, count in stage["machines"].items())
+        hours = "hours not known" if stage["hours"] is None else f"{_number(stage['hours'])} h"
+        said.append(f"cluster: {stage['name']} {hours} with {stage['at_once']} {who}" + (f" on {on}" if on else ""))
+    if bill["hours"] is None:
+        return said
+    said[-1] += f"; {_number(bill['hours'])} h in all while these machines are up and none waits"
+    if bill["machine_hours"] is None:
+        return [*said, "price: not known, as it is not known what these machines have"]
+    items = [
+        f"{_number(hours)} machine-hours of {name}"
+        + (f" at ${bill['prices'][name]:g}" if name in bill["prices"] else "")
+        for name, hours in bill["machine_hours"].items()
+    ]
+    if bill["dollars"] is None:
+        missing = bill["unpriced"][0]
+        how = f"give metadata.prices in the cluster file, or --price {missing}=…"
+        return [*said, f"price: not known: {', '.join(items)}; {how}"]
+    return [*said, f"price: ${bill['dollars']:,.2f}: {', '.join(items)}"]
 
 
 def size(count: float) -> str:
