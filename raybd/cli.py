@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterable
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -347,14 +350,45 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
-def status(run: RunArgument) -> None:
+def status(
+    run: RunArgument,
+    watch: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="look again every so often, say what changed", min=0.1),
+    ] = None,
+) -> None:
     """Say how far a run is: pretraining, trials by state, the commonest reasons of failure, what is tried again."""
     from raybd.report import status as found
     from raybd.store import Store
 
     store = Store(run)
     _require_run(store)
-    for line in found.lines(store):
+    if watch is None:
+        for line in found.lines(store):
+            echo(line)
+        return
+    before: list[str] = []
+    with contextlib.suppress(KeyboardInterrupt):  # nothing is broken off but looking
+        while True:
+            if (lines := list(found.lines(store))) != before:
+                for line in (datetime.now().astimezone().isoformat(" ", timespec="seconds"), *lines):
+                    echo(line)
+            before = lines
+            time.sleep(watch)
+
+
+@app.command()
+def logs(
+    run: RunArgument,
+    id: Annotated[str, typer.Argument(metavar="ID", help="of a trial or a pretraining run, as `raybd status` has it")],
+) -> None:
+    """Say what happened to one trial or pretraining run, epoch by epoch, with the tracebacks of its failures."""
+    from raybd.report import life
+    from raybd.store import Store
+
+    store = Store(run)
+    _require_run(store)
+    for line in life.lines(store, id):
         echo(line)
 
 
