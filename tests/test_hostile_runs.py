@@ -104,7 +104,8 @@ def commands(store: Store, root: Path) -> list[list[str]]:
     readers = [["report"], ["pareto"], ["status"], ["evaluate"]]
     again = ["run", str(TINY), "--run-dir", store.root, *settings]
     export = ["export", store.root, "mmcl-0000:0", "--out", f"{store.root}/exported"]
-    return [*([name, store.root] for (name,) in readers), again, ["report", store.root], export]
+    logs = ["logs", store.root, "mmcl-0000"]
+    return [*([name, store.root] for (name,) in readers), again, ["report", store.root], export, logs]
 
 
 def test_no_command_loads_a_pickle_of_a_run_directory(
@@ -125,7 +126,7 @@ def test_no_command_loads_a_pickle_of_a_run_directory(
         assert result.exit_code in (0, 1, 4), (command, result.output)
         assert not canary.fired, command
         assert command[0] != "run" or "nothing left to do" in result.output
-    # All of them but `pareto` and `export`, for which there is no finished trial, did what they are for.
+    # All of them but `pareto`, `export` and `logs`, for which there is no finished trial, did what they are for.
     assert len(tables.read(store, "evaluations")) == 2
     assert outside(store) == before
 

@@ -114,7 +114,8 @@ def test_pareto_status_report(found: dict[str, bytes], seed: int, folder: Path) 
         [["pareto"], ["pareto", "-f", "json"], ["pareto", "-f", "csv"], ["status"], ["status"], ["evaluate"]]
     )
     command = ["report"] if dice.random() < 0.05 else command
-    fuzzing.case(f"raybd {command[0]}", lambda: run(*command, given), given=(found, record, given, command), seconds=20)
+    command = [*command, given] if dice.random() < 0.9 else ["logs", given, "t"]
+    fuzzing.case(f"raybd {command[0]}", lambda: run(*command), given=(found, record, given, command), seconds=20)
 
 
 @given(content=lists(PAIRS), seed=st.integers(0, 2**32))
