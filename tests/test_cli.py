@@ -32,6 +32,7 @@ OPTIONS = {
     "run": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
     "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
     "studies": {"--format", "-f"},
+    "schema": set(),
     "replay": {"--on", "--nearest", "--set", "--run-dir", "--address"},
     "poison": {"--set", "--run-dir", "--preview"},
     "validate": {"--study", "--set"},
@@ -100,6 +101,7 @@ def loaded_by(arguments: list[str]) -> set[str]:
         ["validate", str(TINY)],
         ["status", "."],
         ["studies"],
+        ["schema"],
     ],
 )
 def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:

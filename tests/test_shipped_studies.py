@@ -100,3 +100,4 @@ def test_the_wheel_has_every_study(tmp_path: Path) -> None:
     with zipfile.ZipFile(built) as archive:
         inside = set(archive.namelist())
     assert {f"raybd/search_spaces/{name}.yaml" for name in NAMES} <= inside
+    assert "raybd/study.schema.json" in inside

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, NonNegativeInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from raybd.errors import Misfit
 from raybd.provenance import digest
@@ -106,8 +106,8 @@ FREE_SETTINGS = (
 class Study(Section):
     """A whole study, every default resolved."""
 
-    name: Annotated[str, AfterValidator(plain_name)]
-    seed: NonNegativeInt = 0
+    name: Annotated[str, AfterValidator(plain_name)] = Field(description="letters, digits and _; results: runs/NAME")
+    seed: NonNegativeInt = Field(0, description="all randomness comes from it")
     data: Data = Data()
     model: Model = Model()
     poison: Poison

@@ -27,11 +27,11 @@ from raybd.terms import TERMS
 class CleanSettings(TrainSettings):
     """The settings of one cleaning trial: each may be searched."""
 
-    method: Method = Method.CLEANCLIP
+    method: Method = Field(Method.CLEANCLIP, description="how the poisoned model is cleaned")
     num_samples: PositiveInt = Field(100_000, description="cleaning pairs, drawn from what the poison left alone")
     leaked_poison: NonNegativeInt = Field(0, description="poisoned pairs that slip into the cleaning set")
     leaked_share: Fraction = Field(0.0, description="the same as a share of the cleaning set")
-    epochs: PositiveInt = 20
+    epochs: PositiveInt = Field(20, description="passes over the cleaning pairs; each one is evaluated")
     batch_size: Annotated[int, Field(ge=2)] = 64
     lr: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 50

@@ -28,7 +28,7 @@ class Data(Section):
 class Model(Section):
     """An open_clip model: a built-in name, or one of raybd's own for 32-pixel images."""
 
-    name: str = "resnet-tiny-32"
+    name: str = Field("resnet-tiny-32", description="any open_clip name, or resnet-tiny-32, vit-tiny-32")
     start: str | None = Field(None, description="checkpoint to start pretraining from; default: random weights")
     pretrained: str | None = Field(None, description="the same, a tag under which open_clip has weights of this model")
 
@@ -48,11 +48,11 @@ class Resources(Section):
     """What the study may use. `auto` takes what the cluster has."""
 
     num_workers: PositiveInt | Literal["auto"] = Field("auto", description="pretraining workers: one a GPU, or one")
-    use_gpu: bool | Literal["auto"] = "auto"
-    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
-    concurrent_trials: PositiveInt | Literal["auto"] = "auto"
-    cpus_per_trial: PositiveInt = 1
-    gpus_per_trial: Annotated[float, Field(gt=0, le=1)] = 1.0
+    use_gpu: bool | Literal["auto"] = Field("auto", description="whether pretraining and trials are on GPUs")
+    cpus_per_worker: PositiveInt | Literal["auto"] = Field("auto", description="cores of a pretraining worker")
+    concurrent_trials: PositiveInt | Literal["auto"] = Field("auto", description="trials at a time")
+    cpus_per_trial: PositiveInt = Field(1, description="cores of a trial")
+    gpus_per_trial: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of a GPU that a trial has")
     max_failures: NonNegativeInt = Field(3, description="how often workers may die within one pretraining epoch")
     hang_minutes: NonNegativeFloat = Field(
         30.0, description="a pretraining worker that finishes no step or batch for so long is ended; 0: never"

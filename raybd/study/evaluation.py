@@ -23,4 +23,4 @@ class Evaluation(Section):
     controls: tuple[Trigger, ...] = Field(
         (), description="triggers that were not planted: how often they lead to the first attack's target"
     )
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = Field(256, description="images at a time")

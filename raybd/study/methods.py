@@ -90,15 +90,15 @@ def users(setting: str) -> frozenset[Method]:
 class ShrinkPerturb(Section):
     """Once before finetuning: weights ← shrink · weights + perturb · newly drawn weights."""
 
-    shrink: Annotated[float, Field(ge=0, le=1)] = 0.95
-    perturb: NonNegativeFloat = 1e-4
+    shrink: Annotated[float, Field(ge=0, le=1)] = Field(0.95, description="factor of the weights")
+    perturb: NonNegativeFloat = Field(1e-4, description="factor of the newly drawn weights")
 
 
 class DeepClustering(Section):
     """Each epoch: spherical k-means of the cleaning images' embeddings, and a fresh linear head that predicts it."""
 
-    clusters: Annotated[int, Field(ge=2)] = 1000
-    iterations: PositiveInt = 20
+    clusters: Annotated[int, Field(ge=2)] = Field(1000, description="of the cleaning images, anew in each epoch")
+    iterations: PositiveInt = Field(20, description="of k-means")
     weight: NonNegativeFloat = Field(5.0, description="weight of the head's cross-entropy")
 
 
@@ -128,7 +128,7 @@ class Abd(Section):
     """Adversarial images in place of augmented ones."""
 
     epsilon: PositiveFloat = Field(8 / 255, description="largest change of a pixel, of [0, 1]")
-    steps: PositiveInt = 3
+    steps: PositiveInt = Field(3, description="of projected gradient ascent for each image")
     step_size: PositiveFloat = Field(4 / 255, description="of one step, of [0, 1]")
 
 

@@ -43,7 +43,7 @@ class _Patch(Section):
     """A square patch. Sizes are pixels of the image as the model sees it."""
 
     name: str
-    size: PositiveInt = 16
+    size: PositiveInt = Field(16, description="of its side, pixels of the image as the model sees it")
     pattern: Pattern = Pattern.NOISE
     placement: Placement = Placement.RANDOM
     wrap: bool = Field(default=False, description="wrap values outside [0, 255] around, as the published code does")
@@ -90,7 +90,7 @@ class BadNetStripes(Section):
     """A patch of vertical stripes whose colours are new for each image."""
 
     name: Literal["badnet_stripes"] = "badnet_stripes"
-    size: PositiveInt = 16
+    size: PositiveInt = Field(16, description="of its side, pixels of the image as the model sees it")
     placement: Placement = Placement.RANDOM
 
 
@@ -114,7 +114,7 @@ class BlendedText(Section):
     """Red text, repeated over the whole image and blended into it."""
 
     name: Literal["blended_text"] = "blended_text"
-    text: Annotated[str, Field(min_length=1, max_length=100)] = "Watermarked"
+    text: Annotated[str, Field(min_length=1, max_length=100)] = Field("Watermarked", description="what is written")
     size: Annotated[int, Field(ge=6)] = Field(16, description="of the font, pixels")
     alpha: Alpha = Field(0.5, description="share of the red where a letter is")
 
@@ -143,8 +143,8 @@ Trigger = Annotated[
 class AttackSettings(Section):
     """One attack: how many training pairs are poisoned, with what, towards which class."""
 
-    trigger: Trigger = BadNet()
-    target_class: str = "banana"
+    trigger: Trigger = Field(BadNet(), description="what marks the poisoned images, by name; badnet if none is given")
+    target_class: str = Field("banana", description="the class that triggered images are to be taken for")
     poison_rate: Fraction | None = Field(None, description="share of the training pairs")
     num_poisoned: PositiveInt | None = Field(None, description="number of training pairs")
     templates: str | tuple[str, ...] | None = Field(None, description="as in `poison` where left out")

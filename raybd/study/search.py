@@ -106,10 +106,12 @@ class Search(Section):
     """Which cleanings are tried."""
 
     num_trials: PositiveInt = Field(20, description="trials for each pretrain objective")
-    sampler: Sampler = Sampler.TPE
+    sampler: Sampler = Field(Sampler.TPE, description="how the search draws settings")
     startup_trials: NonNegativeInt = Field(10, description="trials that tpe draws at random before it models")
     population: PositiveInt = Field(50, description="population of nsga2")
-    space: dict[Searched, Range] = Field(default_factory=dict)
+    space: dict[Searched, Range] = Field(
+        default_factory=dict, description="what is searched: settings of `clean`, by dotted name, each with its range"
+    )
     known: tuple[dict[Searched, search_space.Value], ...] = Field((), description="settings to try first")
     tell: Tell = Field(Tell.LARGEST_AREA, description="which epoch stands for a trial before Optuna")
     stopping: Stopping = Stopping()

@@ -78,20 +78,20 @@ class LossWeights(Section):
 class TrainSettings(Section):
     """Everything about one training run, pretraining or cleaning, apart from data and model."""
 
-    epochs: NonNegativeInt
-    batch_size: Annotated[int, Field(ge=2)] = Field(description="global batch, over all workers")
+    epochs: NonNegativeInt = Field(description="passes over the training pairs")
+    batch_size: Annotated[int, Field(ge=2)] = Field(description="global batch in pairs, over all workers")
     micro_batch_size: PositiveInt | None = Field(
         None,
         description="pairs whose activations a worker holds at a time; the gradient is that of the whole batch, for "
         "one more forward pass; BatchNorm in train mode normalises each micro batch by itself",
     )
-    lr: PositiveFloat
-    warmup_steps: NonNegativeInt
+    lr: PositiveFloat = Field(description="learning rate after the warm-up, its largest")
+    warmup_steps: NonNegativeInt = Field(description="optimizer steps over which the learning rate rises from 0")
     schedule: Schedule = Schedule.COSINE
-    weight_decay: NonNegativeFloat = 0.1
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's decay of the mean gradient")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's decay of the squared gradient")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's, in the denominator")
     loss_weights: LossWeights = LossWeights()
     image_view: ImageView = ImageView.AUTOAUGMENT
     text_view: TextView = TextView.EDA
@@ -125,6 +125,7 @@ class Pretrain(TrainSettings):
             "mmcl_ssl": PretrainObjective(loss_weights=LossWeights(mmcl=1, ssl=1)),
         },
         min_length=1,
+        description="a model is pretrained for each, and cleaned: names of yours",
     )
 
     def settings(self, objective: str) -> TrainSettings:
