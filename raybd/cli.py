@@ -17,7 +17,7 @@ import typer
 from raybd.cli_data import data_app
 from raybd.cli_echo import Commands, echo, log_to_screen
 from raybd.cli_export import export
-from raybd.cli_init import schema
+from raybd.cli_init import init, schema
 from raybd.cli_plan import (
     ClusterOption,
     DryOption,
@@ -68,6 +68,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(studies)
+app.command()(init)
 app.command()(schema)
 app.command()(validate)
 app.command()(export)

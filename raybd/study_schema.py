@@ -86,13 +86,13 @@ def _shorten(field: dict[str, Any], definitions: dict[str, Any]) -> None:
     """Leave out of a section's default what each of its settings says itself."""
     if "$ref" not in field or not isinstance(field.get("default"), dict):
         return
-    own = _of(field, definitions)["properties"]
+    own = referred(field, definitions)["properties"]
     default = {k: v for k, v in field.pop("default").items() if v != own[k].get("default", v)}
     if default := {k: v for k, v in default.items() if not isinstance(v, dict)}:
         field["default"] = default
 
 
-def _of(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def referred(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the definition that a field refers to, or the field."""
     return definitions[field["$ref"].rpartition("/")[2]] if "$ref" in field else field
 
@@ -101,7 +101,7 @@ def _name_triggers(definitions: dict[str, Any]) -> None:
     """Require the name that tells triggers apart, of all but the one that is meant where none is given."""
     field = definitions["Poison"]["properties"]["trigger"]
     for member in field["oneOf"]:
-        trigger = _of(member, definitions)
+        trigger = referred(member, definitions)
         if trigger["properties"]["name"]["const"] != field["default"]["name"]:
             trigger["required"] = ["name"]
 
@@ -134,7 +134,7 @@ def _value(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of the values of a searched setting: as under `clean`, but never null."""
     section, _, leaf = name.rpartition(".")
     clean = definitions["Clean"]["properties"]
-    field = _of(clean[section], definitions)["properties"][leaf] if section else clean[name]
+    field = referred(clean[section], definitions)["properties"][leaf] if section else clean[name]
     found = {key: value for key, value in field.items() if key != "default"}
     for member in found.pop("anyOf", []):
         if member != {"type": "null"}:
