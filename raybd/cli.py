@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raybd.cli_data import data_app
+from raybd.cli_doctor import doctor
 from raybd.cli_echo import Commands, echo, log_to_screen
 from raybd.cli_export import export
 from raybd.cli_init import init, schema
@@ -71,6 +72,7 @@ app.command()(studies)
 app.command()(init)
 app.command()(schema)
 app.command()(validate)
+app.command()(doctor)
 app.command()(export)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]

@@ -33,6 +33,7 @@ OPTIONS = {
     "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
     "studies": {"--format", "-f"},
     "schema": set(),
+    "doctor": {"--format", "-f"},
     "init": {"--data", "--model", "--start", "--target-class", "--force"},
     "replay": {"--on", "--nearest", "--set", "--run-dir", "--address"},
     "poison": {"--set", "--run-dir", "--preview"},

@@ -37,7 +37,7 @@ import ray
 
 log = logging.getLogger(__name__)
 
-_OBJECT_STORE_BYTES = 256 * 1024**2
+OBJECT_STORE_BYTES = 256 * 1024**2
 _LEAVE_SECONDS = 10.0  # that the main thread may take to break off
 _HEAD_SECONDS = 20.0  # without an answer of the head, after which the cluster is gone
 
@@ -133,7 +133,7 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_BYTES,
             )
     except SystemExit:
         # While it starts Ray answers SIGTERM itself. What it has started dies with this process.
