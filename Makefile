@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# uv fetches and unpacks side by side; where it does not know the registry that pip was told of, pip does it.
+UV := UV_HTTP_TIMEOUT=180 $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .PHONY: demo test fuzz chaos check lock clean
 
@@ -35,7 +37,8 @@ $(STAMP): requirements.lock pyproject.toml
 	  { echo "raybd needs Python 3.11 to 3.13; this is $$($(PYTHON) --version). Give another: make PYTHON=python3.12 …"; exit 3; }
 	@echo "installing into $(VENV): torch and what goes with it, about 6 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' requirements.lock)
+	$(UV) --requirement requirements.lock || $(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
