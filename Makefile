@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# uv fetches and unpacks side by side; where it does not know the registry that pip was told of, pip does it.
-UV := UV_HTTP_TIMEOUT=180 $(BIN)/uv pip install --quiet --python $(BIN)/python
+# uv fetches, unpacks and compiles side by side; where it does not know the registry that pip was told of, pip does it.
+UV := UV_HTTP_TIMEOUT=180 $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 .PHONY: demo test fuzz chaos check lock clean
 
