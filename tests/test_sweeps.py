@@ -141,7 +141,7 @@ def test_pareto_and_report_take_an_imported_sweep(sweep: str, tmp_path: Path) ->
     assert runner.invoke(app, ["pareto", out]).exit_code == 0
     assert runner.invoke(app, ["report", out]).exit_code == 0
     refused = runner.invoke(app, ["evaluate", out])
-    assert "holds no models to evaluate, only numbers" in str(refused.exception)
+    assert "holds no models, only numbers" in str(refused.exception)
     assert "made" in (tmp_path / "out" / "report.html").read_text()
 
 
