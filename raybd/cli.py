@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterable
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +27,7 @@ from raybd.cli_plan import (
     print_plan,
     studies,
 )
+from raybd.cli_status import RunArgument, logs, require_run, status
 from raybd.cli_validate import validate
 from raybd.errors import RaybdError, StudyError
 
@@ -76,7 +74,6 @@ app.command()(doctor)
 app.command()(export)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. data.root=/shards")
 ]
@@ -277,7 +274,7 @@ def pareto(
     if len(set(runs)) < len(runs):
         raise RaybdError("a run is given twice", where=" ".join(runs), fix="give each run once")
     for name in runs:
-        _require_run(Store(name))
+        require_run(Store(name))
     read = [_read_run(name) for name in runs]
     for run in read:
         if not run.fronts:
@@ -322,7 +319,7 @@ def evaluate(
             expected="raybd evaluate RUN [--point …], or raybd evaluate FILE --study STUDY [--model NAME]",
         )
     if not lone:
-        _require_run(Store(model))
+        require_run(Store(model))
     from raybd import evaluations
 
     task = evaluations.Task.RETRIEVAL if retrieval else evaluations.Task.ZEROSHOT
@@ -350,59 +347,12 @@ def report(run: RunArgument) -> None:
     from raybd.store import Store
 
     store = Store(run)
-    _require_run(store)
+    require_run(store)
     echo(html.write(store))
 
 
-@app.command()
-def status(
-    run: RunArgument,
-    watch: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", help="look again every so often, say what changed", min=0.1),
-    ] = None,
-) -> None:
-    """Say how far a run is: pretraining, trials by state, the commonest reasons of failure, what is tried again."""
-    from raybd.report import status as found
-    from raybd.store import Store
-
-    store = Store(run)
-    _require_run(store)
-    if watch is None:
-        for line in found.lines(store):
-            echo(line)
-        return
-    before: list[str] = []
-    with contextlib.suppress(KeyboardInterrupt):  # nothing is broken off but looking
-        while True:
-            if (lines := list(found.lines(store))) != before:
-                for line in (datetime.now().astimezone().isoformat(" ", timespec="seconds"), *lines):
-                    echo(line)
-            before = lines
-            time.sleep(watch)
-
-
-@app.command()
-def logs(
-    run: RunArgument,
-    id: Annotated[str, typer.Argument(metavar="ID", help="of a trial or a pretraining run, as `raybd status` has it")],
-) -> None:
-    """Say what happened to one trial or pretraining run, epoch by epoch, with the tracebacks of its failures."""
-    from raybd.report import life
-    from raybd.store import Store
-
-    store = Store(run)
-    _require_run(store)
-    for line in life.lines(store, id):
-        echo(line)
-
-
-def _require_run(store: object) -> None:
-    from raybd.store import Store
-
-    assert isinstance(store, Store)
-    if not store.exists("study.json"):
-        raise RaybdError("not a run directory", where=store.uri, fix="give the folder that `raybd run` made")
+app.command()(status)
+app.command()(logs)
 
 
 def main() -> None:

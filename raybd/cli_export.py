@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from raybd.cli_echo import echo
+from raybd.cli_status import RunArgument
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")],
+    run: RunArgument,
     point: Annotated[
         str, typer.Argument(metavar="POINT", help="TRIAL:EPOCH of a front, or TRIAL where one epoch is kept")
     ],
