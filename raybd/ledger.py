@@ -135,10 +135,17 @@ class Ledger:
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Return all entries of a kind, by id."""
-        by_id: dict[str, list[str]] = {}
+        return [self._read(id, names) for id, names in sorted(self._by_id(kind).items())]
+
+    def ids(self, kind: Kind) -> list[str]:
+        """Return the ids of all entries of a kind, sorted; none of them is read."""
+        return sorted(self._by_id(kind))
+
+    def _by_id(self, kind: Kind) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
         for name in self._store.names(f"ledger/{kind}", suffix=".json"):
-            by_id.setdefault(name.split("/")[2], []).append(name)
-        return [self._read(id, names) for id, names in sorted(by_id.items())]
+            found.setdefault(name.split("/")[2], []).append(name)
+        return found
 
     def _names(self, kind: Kind, id: str, prefix: str = "") -> list[str]:
         names = self._store.names(f"ledger/{kind}/{id}", suffix=".json")

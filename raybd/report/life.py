@@ -27,9 +27,9 @@ def lines(store: Store, id: str) -> Iterator[str]:
 
 def _find(store: Store, id: str) -> tuple[Kind, Entry]:
     ledger = Ledger(store)
-    known = {entry.id: (kind, entry) for kind in Kind for entry in ledger.entries(kind)}
+    known = {each: kind for kind in Kind for each in ledger.ids(kind)}
     if id in known:
-        return known[id]
+        return known[id], ledger.entry(known[id], id)
     nearest = difflib.get_close_matches(id, known, n=_NEAREST, cutoff=0.3)
     raise DataError(
         "no such trial or pretraining run" if known else "it has no ledger: nothing was started, or others ran it",
@@ -47,15 +47,11 @@ def _lines(store: Store, kind: Kind, entry: Entry) -> Iterator[str]:
         settings = ", ".join(f"{name}={words.number(value)}" for name, value in started["params"].items())
         yield f"of {started['objective']}, {started['method']}: {settings or 'the settings of the study'}"
     rungs = {pause["epoch"] for pause in entry.pauses}
-    for failure in entry.failures:
-        if failure["epoch"] is None:
-            yield _failure(failure)
+    yield from _failures(entry, after=None)
     for epoch, record in sorted(entry.epochs.items()):
         accuracy, asr = point(record)
         yield f"  epoch {epoch}  accuracy {accuracy:7.2%}  ASR {asr:7.2%}" + ("  at a rung" if epoch in rungs else "")
-        for failure in entry.failures:
-            if failure["epoch"] == epoch:
-                yield _failure(failure)
+        yield from _failures(entry, after=epoch)
     yield _end(entry)
     whole = failures.traceback_name(entry.id)
     for name in store.names("errors", suffix=".txt"):
@@ -65,8 +61,10 @@ def _lines(store: Store, kind: Kind, entry: Entry) -> Iterator[str]:
             yield store.get(name).decode(errors="replace").rstrip()
 
 
-def _failure(failure: dict[str, object]) -> str:
-    return f"  failed, {failure['kind']}, {failure['time']}: {failures.one_line(str(failure['message']))}"
+def _failures(entry: Entry, *, after: int | None) -> Iterator[str]:
+    for failure in entry.failures:
+        if failure["epoch"] == after:
+            yield f"  failed, {failure['kind']}, {failure['time']}: {failures.one_line(str(failure['message']))}"
 
 
 def _end(entry: Entry) -> str:
