@@ -117,14 +117,13 @@ class Plan:
 
     def total(self) -> dict[str, float | None]:
         """Return sums over all parts."""
-        hours = [part.device_hours for part in self.parts]
         return {
             "trials": sum(part.runs for part in self.parts if part.stage == "clean"),
             "epochs": sum(part.epochs for part in self.parts),
             "evaluations": sum(part.evaluations for part in self.parts),
             "training_pflops": sum(part.training_pflops for part in self.parts),
             "evaluation_pflops": sum(part.evaluation_pflops for part in self.parts),
-            "device_hours": None if None in hours else sum(hour for hour in hours if hour is not None),
+            "device_hours": bill.added(part.device_hours for part in self.parts),
         }
 
 
@@ -177,10 +176,8 @@ def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) 
             )
         if not cluster_file.is_price(price):
             raise StudyError(f"{name}={price}", where="--price", expected="USD for an hour of a machine, 0 or more")
-    work: dict[str, float | None] = {}
-    for part in plan.parts:
-        before = work.get(part.stage, 0.0)
-        work[part.stage] = None if before is None or part.device_hours is None else before + part.device_hours
+    stages = dict.fromkeys(part.stage for part in plan.parts)
+    work = {stage: bill.added(part.device_hours for part in plan.parts if part.stage == stage) for stage in stages}
     machines = replace(verdict.machines, prices={**verdict.machines.prices, **prices})
     return replace(plan, bill=bill.make(machines, verdict.share, work))
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raybd.cluster.node_types import Machines, NodeType
+from raybd.cluster.node_types import Machines, NodeType, taken
 from raybd.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -67,11 +66,11 @@ def make(machines: Machines, share: Share, work: Mapping[str, float | None]) -> 
         "clean": (share.concurrent_trials, share.cpus_per_trial, share.gpus_per_trial),
     }
     stages = tuple(_stage(machines, name, hours, *needs[name]) for name, hours in work.items())
-    hours = _sum(stage.hours for stage in stages)
+    hours = added(stage.hours for stage in stages)
     head = next((kind.name for kind in machines.kinds if kind.head), None)
-    used = Counter[str]({name: 0 for stage in stages for name in stage.machines})
+    used = list(dict.fromkeys(name for stage in stages for name in stage.machines))
     if head is not None and machines.described:
-        used[head] = 0
+        used.append(head)
     unpriced = tuple(name for name in used if name not in machines.prices)
     machine_hours = None
     if hours is not None and machines.described:
@@ -88,18 +87,13 @@ def _stage(machines: Machines, name: str, work: float | None, wanted: int, cpus:
     """Place as many as find room, and count how long that takes."""
     if not machines.described:
         return Stage(name, wanted, {}, _hours(work, wanted, gpus))
-    placed, taken, left = 0.0, Counter[str](), machines.most
     # The head is there anyway.
-    for kind in sorted(machines.kinds, key=lambda kind: (not kind.head, _worth(machines, kind, cpus, gpus))):
-        holds = kind.holds(cpus, gpus)
-        if not holds or placed >= wanted:
-            continue
-        if kind.head:
-            placed += holds
-            continue
-        count = int(min(kind.most, left, math.ceil((wanted - placed) / holds)))
-        if count:
-            taken[kind.name], left, placed = count, left - count, placed + count * holds
+    placed, used = sum(kind.holds(cpus, gpus) for kind in machines.kinds if kind.head), {}
+    fitting = [kind for kind in machines.kinds if kind.holds(cpus, gpus)]
+    for kind, there in taken(sorted(fitting, key=lambda kind: _worth(machines, kind, cpus, gpus)), machines.most):
+        if placed < wanted:
+            used[kind.name] = min(there, math.ceil((wanted - placed) / kind.holds(cpus, gpus)))
+            placed += used[kind.name] * kind.holds(cpus, gpus)
     at_once = int(min(placed, wanted))
     if not at_once:
         raise ClusterError(
@@ -107,14 +101,12 @@ def _stage(machines: Machines, name: str, work: float | None, wanted: int, cpus:
             where="--cluster",
             fix="`raybd validate` with --study says what to change",
         )
-    return Stage(name, at_once, dict(taken), _hours(work, at_once, gpus))
+    return Stage(name, at_once, used, _hours(work, at_once, gpus))
 
 
 def _worth(machines: Machines, kind: NodeType, cpus: int, gpus: float) -> float:
     """Return what to take first by: the price for each that fits; where prices are missing, the largest machines."""
     holds = kind.holds(cpus, gpus)
-    if not holds:
-        return math.inf
     if all(other.name in machines.prices for other in machines.kinds if not other.head and other.most):
         return machines.prices.get(kind.name, 0.0) / holds
     return -holds
@@ -125,6 +117,7 @@ def _hours(work: float | None, at_once: int, gpus: float) -> float | None:
     return None if work is None else work / (at_once * (gpus or 1.0))
 
 
-def _sum(values: Iterable[float | None]) -> float | None:
+def added(values: Iterable[float | None]) -> float | None:
+    """Return a sum, None where one of its parts is not known."""
     found = list(values)
     return None if None in found else sum(value for value in found if value is not None)

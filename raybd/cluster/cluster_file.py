@@ -19,7 +19,7 @@ import yaml
 
 from raybd import study_file
 from raybd.cluster import credentials
-from raybd.cluster.node_types import Machines, NodeType, custom, max_workers, node_types, prices, whole
+from raybd.cluster.node_types import Machines, NodeType, custom, max_workers, metadata, node_types, prices, whole
 from raybd.cluster.walk import walk
 from raybd.errors import StudyError, dotted
 from raybd.study import Study, mistakes
@@ -283,8 +283,7 @@ def _storage(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     local = config["provider"]["type"] == "local"
     other = ", or a folder that all machines mount, as an absolute path" if local else ""
     fix = f"give a bucket, as s3://NAME/runs{other}, and the same to `raybd run --run-dir`"
-    metadata = config.get("metadata")
-    given = metadata.get("storage_path") if isinstance(metadata, dict) else None
+    given = metadata(config, "storage_path")
     if given is None:
         yield at, f"missing: workers are on several machines, and none sees another's disk; {fix}"
     elif not isinstance(given, str) or not (
@@ -295,8 +294,7 @@ def _storage(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
 
 def _prices(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yield what is wrong with prices."""
-    metadata = config.get("metadata")
-    if isinstance(metadata, dict) and not isinstance(metadata.get("prices", {}), dict):
+    if not isinstance(metadata(config, "prices", {}), dict):
         yield ("metadata", "prices"), "node types, each with the USD that an hour of one costs"
     names = [kind.name for kind in node_types(config)]
     for name, price in prices(config):

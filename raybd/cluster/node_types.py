@@ -149,11 +149,16 @@ def _node_type(name: str, given: Mapping[str, Any], config: Mapping[str, Any]) -
 
 
 def prices(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a file says an hour of a machine costs, by node type: `metadata.prices`, which Ray passes over."""
-    metadata = config.get("metadata")
-    given = metadata.get("prices") if isinstance(metadata, dict) else None
+    """Yield what a file says an hour of a machine costs, by node type: `metadata.prices`."""
+    given = metadata(config, "prices")
     if isinstance(given, dict):
         yield from given.items()
+
+
+def metadata(config: Mapping[str, Any], key: str, default: object = None) -> Any:
+    """Return what a file says of its own under `metadata`, which Ray passes over; the default where it says nothing."""
+    found = config.get("metadata")
+    return found.get(key, default) if isinstance(found, dict) else default
 
 
 def custom(resources: Mapping[str, Any]) -> list[str]:
@@ -184,10 +189,15 @@ def _first(*values: int | None) -> int | None:
 def room(kinds: Iterable[NodeType], most: int, *, cpus: int, gpus: float) -> float:
     """Return how many times so many CPUs and GPUs fit on a whole cluster: its head, and `most` machines beside it."""
     kinds = tuple(kinds)
-    fits = sum(kind.holds(cpus, gpus) for kind in kinds if kind.head)
-    for kind in sorted(kinds, key=lambda kind: kind.holds(cpus, gpus), reverse=True):
+    largest = sorted(kinds, key=lambda kind: kind.holds(cpus, gpus), reverse=True)
+    heads = sum(kind.holds(cpus, gpus) for kind in kinds if kind.head)
+    return heads + sum(count * kind.holds(cpus, gpus) for kind, count in taken(largest, most))
+
+
+def taken(kinds: Iterable[NodeType], most: int) -> Iterator[tuple[NodeType, int]]:
+    """Yield how many machines of each node type there may be beside the head, the first types before the others."""
+    for kind in kinds:
         count = int(min(kind.most, most))
         if count > 0:
-            fits += count * kind.holds(cpus, gpus)
+            yield kind, count
             most -= count
-    return fits
