@@ -29,8 +29,6 @@ def validate(
         return
     if set_ and study is None:
         raise StudyError("--set is of studies", where="--set", fix="say which one this cluster is for, with --study")
-    if not os.path.isfile(file):
-        raise StudyError("no such cluster file", where=file, fix="give the path of a file that `ray up` takes")
     from raybd.cluster import cluster_file
 
     wanted = study_file.load(study, overrides=set_ or []) if study is not None else None

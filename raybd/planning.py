@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -164,8 +163,6 @@ def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) 
 
     Errors: StudyError for mistakes in the file, what of the study finds no place there, and prices of other node types.
     """
-    if not os.path.isfile(cluster):
-        raise StudyError("no such cluster file", where="--cluster", fix="give the path of a file that `ray up` takes")
     verdict = cluster_file.check(Path(cluster), study, filled_in=False)
     assert verdict.share is not None
     names = [kind.name for kind in verdict.machines.kinds]

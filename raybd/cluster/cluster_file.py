@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,8 @@ def check(path: Path, study: Study | None = None, *, filled_in: bool = True) -> 
     Args:
         filled_in: refuse words that wait to be replaced, such as BUCKET.
     """
+    if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
+        raise StudyError("no such cluster file", where=str(path), fix="give the path of a file that `ray up` takes")
     return parse(study_file.read_text(path), source=str(path), study=study, filled_in=filled_in)
 
 
