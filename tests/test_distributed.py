@@ -229,7 +229,8 @@ def work(rank: int, folder: str) -> None:
 def found_by(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Return what the ranks found, by size of their group; no process outlives its time."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(work, args=(str(folder),), nprocs=max(ROWS), join=False)
+    mp.set_forkserver_preload(["raybd.train.loop"])  # imported once, not by each
+    context = mp.start_processes(work, (str(folder),), nprocs=max(ROWS), join=False, start_method="forkserver")
     deadline = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=1):

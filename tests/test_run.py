@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,22 +165,23 @@ def test_another_study_in_the_same_run_directory_is_refused(finished: tuple[Stor
     assert "seed: 7 → 8" in output
 
 
-def test_a_killed_driver_goes_on_and_ends_with_the_same_numbers(finished: tuple[Store, str], tmp_path: Path) -> None:
-    """SIGKILL in pretraining, then SIGTERM in the search: the tables are those of the run without a fault."""
-    run_dir = tmp_path / "killed"
+def test_a_driver_that_is_ended_goes_on_and_ends_with_the_same_numbers(
+    finished: tuple[Store, str], tmp_path: Path
+) -> None:
+    """SIGTERM in the search, on poisoned models that are there: the tables are those of the run without a fault."""
+    run_dir = tmp_path / "ended"
+    shutil.copytree(finished[0].root, run_dir)
+    for name in ("ledger/trials", "weights", "tables/trials", "tables/epochs", "tables/fronts"):
+        shutil.rmtree(run_dir / name)
+    (run_dir / "report.html").unlink()
     store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
 
-    def second_pretraining_is_under_way() -> bool:
-        entries = (e for e in ledger.entries(Kind.PRETRAIN) if e.started["objective"] == "mmcl_ssl")
-        return any(1 in entry.epochs and not entry.ended for entry in entries)
-
-    def second_trial_is_under_way() -> bool:
+    def another_trial_is_under_way() -> bool:
         entries = ledger.entries(Kind.TRIAL)
         return any(e.ended for e in entries) and any(1 in e.epochs and not e.ended for e in entries)
 
-    signal_when(start(TINY, run_dir), signal.SIGKILL, second_pretraining_is_under_way)
     process = start(TINY, run_dir)
-    printed = signal_when(process, signal.SIGTERM, second_trial_is_under_way)
+    printed = signal_when(process, signal.SIGTERM, another_trial_is_under_way)
     assert process.returncode == 130
     assert "Traceback" not in printed
     assert f"raybd run {TINY} --run-dir {run_dir}" in printed
@@ -189,7 +191,7 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_numbers(finished: tuple[
     stamps = {
         name: Path(store.path(name)).stat().st_mtime_ns for name in store.names("ledger") if name.endswith("ended.json")
     }
-    assert stamps
+    assert len(stamps) > 2  # of both pretraining runs, and of a trial
     finish(start(TINY, run_dir))
     assert canary.fired == []
     for name, stamp in stamps.items():
@@ -218,47 +220,16 @@ pretrain:
 clean: {num_samples: 96, epochs: 3, batch_size: 32, warmup_steps: 0, loss_weights: {mmcl: 1, ssl: 0}}
 evaluation: {templates: ["a picture of a {}."]}
 search:
-  num_trials: 4
+  num_trials: 2
   sampler: grid
-  hang_minutes: 0.2
-  space: {lr: {choices: [1.0e-4, 1.0e+30, 2.0e-4, 3.0e-4]}}
+  space: {lr: {choices: [1.0e-4, 1.0e+30]}}
 resources: {num_workers: 2, concurrent_trials: 2, use_gpu: false}
 """
 
 
-class Saboteur:
-    """Kills or stops the processes of trials, each at a certain finished epoch of a certain attempt."""
-
-    def __init__(self, ledger: Ledger, plan: dict[tuple[str, int], tuple[int, signal.Signals]]) -> None:
-        self._ledger, self.left = ledger, dict(plan)
-
-    def act(self) -> None:
-        """Do what is due."""
-        for entry in self._ledger.entries(Kind.TRIAL) if self.left else ():
-            at, number = self.left.get((entry.id, entry.attempts), (99, signal.SIGKILL))
-            if max(entry.epochs, default=-1) >= at and not entry.ended and (worker := _trial_worker(entry.id)):
-                del self.left[entry.id, entry.attempts]
-                os.kill(worker, number)
-
-
-def _trial_worker(trial_id: str) -> int | None:
-    """Return the process that runs a trial: the parent of the one that watches over it."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"raybd.watchdog" in arguments and trial_id.encode() in arguments:
-                return int(arguments[arguments.index(b"raybd.watchdog") + 2])
-        except OSError:
-            continue
-    return None
-
-
 @pytest.mark.skipif(not PROC, reason="finds the worker to kill in /proc, which this system has not")
 def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -> None:
-    """Two DDP workers, one killed after an epoch; an objective whose pretraining fails; trials that fail, die and hang.
-
-    Each fails alone; the exit code is 4.
-    """
+    """Two DDP workers, one killed after an epoch; an objective and a trial that fail, each alone."""
     study, run_dir = tmp_path / "faulty.yaml", tmp_path / "run"
     study.write_text(FAULTY)
     (tmp_path / "shards").symlink_to(study_file.embedded("emoji-32") or "")
@@ -270,18 +241,7 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(_train_worker(process.pid), signal.SIGKILL)
-    saboteur = Saboteur(
-        ledger,
-        {
-            ("mmcl-0002", 1): (1, signal.SIGKILL),  # dies once
-            ("mmcl-0003", 1): (0, signal.SIGSTOP),  # hangs once
-        },
-    )
-    while process.poll() is None:
-        saboteur.act()
-        time.sleep(0.05)
     output = finish(process, code=4)
-    assert not saboteur.left
     rows = tables.read(store, "pretrain_epochs").to_pylist()
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert [row["samples_seen"] for row in rows] == [0, 256, 512, 768]
@@ -290,15 +250,9 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     assert {number: (row["state"], row["error_type"], row["attempt"]) for number, row in trials.items()} == {
         0: ("complete", None, 1),
         1: ("failed", "non_finite", 1),
-        2: ("complete", None, 2),
-        3: ("complete", None, 2),
     }
-    assert "loss is nan" in trials[1]["error_message"]
     assert "1 trials failed" in output
-    failed = {entry.id: [found["kind"] for found in entry.failures] for entry in ledger.entries(Kind.TRIAL)}
-    assert list(failed.values()) == [[], ["non_finite"], ["died"], ["hung"]]
     assert "Traceback" in store.get("errors/mmcl-0001.txt").decode()
-    assert "raybd/train/loop.py" in store.get("errors/mmcl-0003.txt").decode()  # where it was stopped
     assert "loss is nan" in store.get("report.html").decode()
     points = Counter((row["trial_id"], row["epoch"], row["split"]) for row in tables.read(store, "epochs").to_pylist())
     assert set(points.values()) == {1}
@@ -307,9 +261,9 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     searcher = LedgerSearcher(
         found, {"mmcl": entries[0].started["pretrain_id"]}, entries, lambda task: None, stop=lambda *_: False
     )
-    assert (searcher.planned, searcher.remaining) == (4, 0)
+    assert (searcher.planned, searcher.remaining) == (2, 0)
     states = Counter(trial.state.name for trial in searcher._objectives["mmcl"].optuna.get_trials())
-    assert states == {"COMPLETE": 3, "FAIL": 1}
+    assert states == {"COMPLETE": 1, "FAIL": 1}
 
 
 def _train_worker(driver: int) -> int:

@@ -1,6 +1,6 @@
-"""Faults of trials on real Ray: each is one failed trial, or none; nothing runs for ever, and the rest goes on.
+"""Trials on real Ray, all on one cluster: each fault is one failed trial, or none, and the rest goes on.
 
-The trials here train nothing: they fail, die or end, as their number says.
+Most trials here train nothing: they fail, die or end, as their number says. Those of the last two searches train.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -21,11 +22,14 @@ from typing import Any
 
 import pytest
 
+from raybd import tables
 from raybd.assignment import Assignment, Notify, done_already, start_record
+from raybd.console import View
 from raybd.errors import RaybdError, StorageError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.store import Store
 from raybd.study import Study
+from raybd.study_directory import StudyDirectory
 
 IDS = {"mmcl": "mmcl-aaaa"}
 TRIES = 5
@@ -37,12 +41,26 @@ def study_of(num_trials: int, **search: Any) -> Study:
     return Study.model_validate(
         {
             "name": "made",
-            "poison": {"num_poisoned": 1},
+            "data": {"root": "emoji-32", "max_train_samples": 256, "max_test_samples": 240},
+            "model": {"name": "resnet-tiny-32"},
+            "poison": {"num_poisoned": 1, "target_class": "fruit", "trigger": {"size": 6}},
             "pretrain": {"objectives": {"mmcl": {"loss_weights": {"mmcl": 1, "ssl": 0}}}},
+            "clean": {
+                "num_samples": 96,
+                "batch_size": 32,
+                "epochs": 3,
+                "schedule": "constant_cooldown",
+                "loss_weights": {"mmcl": 1, "ssl": 0},
+            },
+            "evaluation": {"templates": ["a picture of a {}."]},
             "search": {"sampler": "random", "space": space, "num_trials": num_trials, **search},
             "resources": {"use_gpu": False, "concurrent_trials": 2, "num_workers": 1},
         }
     )
+
+
+def study_that_trains(lrs: Sequence[float], **search: Any) -> Study:
+    return study_of(len(lrs), sampler="grid", space={"lr": {"choices": lrs}}, **search)
 
 
 def epochs(store: Store, task: Assignment, *numbers: int, notify: Notify) -> None:
@@ -142,6 +160,39 @@ def on_a_bad_disk(study: Study, store: Store, task: Assignment, notify: Notify) 
     return ended(store, task)
 
 
+def sabotaged(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
+    """Train, but in its first attempt number 2 is killed in its second epoch, and 3 stops for ever in its first."""
+    from raybd.clean.actor import CleanTrial
+
+    first = store.names(f"ledger/trials/{task.trial_id}") == []
+
+    def and_then(epoch: int, record: dict[str, Any]) -> None:
+        notify(epoch, record)
+        due = {(2, 1): signal.SIGKILL, (3, 0): signal.SIGSTOP}.get((task.number, epoch))
+        if first and due:
+            # In the midst of the epoch, not within this call.
+            threading.Timer(0.1, os.kill, (os.getpid(), due)).start()
+
+    return CleanTrial(threads=1, use_gpu=False)(study, store, task, and_then)
+
+
+def trains(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
+    from raybd.clean.actor import CleanTrial
+
+    return CleanTrial(threads=1, use_gpu=False)(study, store, task, notify)
+
+
+class Lines(View):
+    """Keeps what it would print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = list[str]()
+
+    def line(self, text: str, *, style: str | None = None) -> None:
+        self.lines.append(text)
+
+
 def note_end(told: list[str], entry: Entry) -> None:
     told.append(entry.id)
 
@@ -194,12 +245,38 @@ def main(root: str) -> None:
             states = {f"{trial.params['lr']:.6g}": trial.state.name for trial in trials}
             found[name] = {"error": error, "told": told, "optuna": sorted(states.values()), "dropped": len(dropped)}
             found[name]["searches"] = len(made)
+        for name, study, carry_out in (
+            ("sabotaged", study_that_trains([1e-4, 1e30, 2e-4, 3e-4], hang_minutes=0.2), sabotaged),
+            (
+                "halving",
+                study_that_trains(
+                    [0.001, 0.002, 0.004, 0.008, 0.016],
+                    stopping={"rungs": [1, 2], "keep": 0.5, "collapse_below": 0},
+                ),
+                trains,
+            ),
+        ):
+            view = Lines()
+            directory = StudyDirectory(study, Store(f"{root}/{name}"), view)
+            directory.share = replace(share, concurrent_trials=2)
+            directory.load_tables()
+            directory.run_trials(IDS, carry_out)
+            found[name] = {"lines": view.lines}
     print(json.dumps(found))  # noqa: T201
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
+    """The run directories of all searches; those that train have a model to clean, which is not trained either."""
+    from raybd import checkpoint
+    from raybd.model import create
+    from raybd.train.pretraining import weights_name
+
+    root = tmp_path_factory.mktemp("faults")
+    weights = checkpoint.to_bytes(create("resnet-tiny-32", seed=0).net.state_dict())
+    for name in ("sabotaged", "halving"):
+        Store(f"{root}/{name}").put(weights_name(IDS["mmcl"]), weights)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +371,39 @@ def test_a_process_that_dies_between_two_trials_is_no_failure_of_the_next(root: 
             assert (entry.ended or {})["state"] == "complete"
             assert (entry.attempts, entry.failures) == (2, ())
         assert found[name]["optuna"] == ["COMPLETE"] * 2
+
+
+def test_trials_that_train_fail_die_and_hang_each_alone(root: Path, found: dict[str, Any]) -> None:
+    store, known = Store(f"{root}/sabotaged"), entries(root, "sabotaged")
+    trials = {row["number"]: row for row in tables.read(store, "trials").to_pylist()}
+    assert {number: (row["state"], row["error_type"], row["attempt"]) for number, row in trials.items()} == {
+        0: ("complete", None, 1),
+        1: ("failed", "non_finite", 1),
+        2: ("complete", None, 2),
+        3: ("complete", None, 2),
+    }
+    assert "loss is nan" in trials[1]["error_message"]
+    assert [[failure["kind"] for failure in entry.failures] for entry in known] == [
+        [],
+        ["non_finite"],
+        ["died"],
+        ["hung"],
+    ]
+    assert "Traceback" in store.get("errors/mmcl-0001.txt").decode()
+    assert "raybd/train/loop.py" in store.get("errors/mmcl-0003.txt").decode()  # where it was stopped
+    points = Counter((row["trial_id"], row["epoch"], row["split"]) for row in tables.read(store, "epochs").to_pylist())
+    assert set(points.values()) == {1}
+    assert len(points) == 2 * (3 * 4 + 1)
+
+
+def test_trials_that_train_wait_go_on_and_keep_the_weights_of_the_front(root: Path, found: dict[str, Any]) -> None:
+    run, printed = Store(f"{root}/halving"), "\n".join(found["halving"]["lines"])
+    assert "waits at the rung of epoch 1" in printed
+    assert "stopped: rung at epoch 1: place 3 of 5, the first 2 go on" in printed
+    known = entries(root, "halving")
+    assert sorted(max(entry.epochs) for entry in known) == [1, 1, 1, 2, 3]  # of five two go on, of two one
+    assert sorted(entry.attempts for entry in known) == [1, 1, 1, 2, 3]
+    assert run.names("state") == []
+    kept = {row["checkpoint"] for row in tables.read(run, "fronts").to_pylist()}
+    assert {name for name in kept if name.startswith("weights/")} == set(run.names("weights"))
+    assert {row["stop_reason"] is None for row in tables.read(run, "trials").to_pylist()} == {True, False}

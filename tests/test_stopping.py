@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -450,23 +448,3 @@ def test_on_ray_several_workers_leave_what_one_leaves_without_it(tmp_path: Path,
     assert sorted(epochs) == sorted((name, epoch) for name, entry in entries.items() for epoch in entry.epochs)
     final = [row for row in tables.read(run, "fronts").to_pylist() if row["kind"] == "final" and row["epoch"]]
     assert all(row["epoch"] == EPOCHS for row in final)
-
-
-@pytest.mark.ray
-def test_trials_that_train_wait_go_on_and_keep_the_weights_of_the_front(tmp_path: Path) -> None:
-    settings = ["data.max_train_samples=256", "data.max_test_samples=240", "pretrain.epochs=1", "clean.num_samples=128"]
-    settings += ["clean.epochs=3", "search.stopping.collapse_below=0", "pretrain.objectives={mmcl: {}}"]
-    run = Store(str(tmp_path / "run"))
-    command = [sys.executable, "-m", "raybd", "run", "small/halving", "--run-dir", run.uri]
-    command += [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "waits at the rung of epoch 1" in done.stdout
-    assert "stopped: rung at epoch 1: place 3 of 5, the first 2 go on" in done.stdout
-    entries = Ledger(run).entries(Kind.TRIAL)
-    assert sorted(max(entry.epochs) for entry in entries) == [1, 1, 1, 2, 3]  # of five two go on, of two one
-    assert sorted(entry.attempts for entry in entries) == [1, 1, 1, 2, 3]
-    assert run.names("state") == []
-    kept = {row["checkpoint"] for row in tables.read(run, "fronts").to_pylist()}
-    assert {name for name in kept if name.startswith("weights/")} == set(run.names("weights"))
-    assert {row["stop_reason"] is None for row in tables.read(run, "trials").to_pylist()} == {True, False}
