@@ -208,7 +208,7 @@ def test_a_driver_that_is_ended_goes_on_and_ends_with_the_same_numbers(
 
 FAULTY = """
 name: faulty
-data: {root: shards, max_train_samples: 256} # relative: workers have other working directories
+data: {root: shards, max_train_samples: 256, max_test_samples: 240} # relative: workers have other working directories
 poison: {trigger: {size: 6, pattern: fixed}, target_class: fruit, poison_rate: 0.1}
 pretrain:
   epochs: 3
