@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
+# Ray's workers are nicer than other processes: beside another test that computes, they would hardly get on.
+os.environ.setdefault("RAY_worker_niceness", "0")
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 settings.load_profile("unhurried")
 
