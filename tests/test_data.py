@@ -819,7 +819,6 @@ def test_a_shard_that_changes_while_it_is_streamed_is_named(tmp_path: Path, chan
 
 
 def test_streaming_with_two_loader_workers(images: cache.Images) -> None:
-    """The slowest test here: each process that is spawned imports torch."""
     plan = poisoned(images)
     pairs = source("streamed", images, TOTAL, prepare(plan, augment=True), workers=2)
     batches = list(pairs.epoch(1, batch_size=8))

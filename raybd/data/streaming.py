@@ -1,18 +1,23 @@
 """Training batches streamed from shards, by loader workers that stay from epoch to epoch and read ahead of them.
 
-Starting a worker takes as long as importing torch, filling its buffer as long as decoding it. Neither is waited for
-more than once in a run: while the last samples of an epoch leave the buffer, the first of the next are read into it.
+Workers are forked from a process that has imported torch, which takes seconds: they share its memory, and the first
+batch does not wait for as many imports as there are workers. Filling a buffer takes as long as decoding it, but is
+waited for once in a run: while the last samples of an epoch leave the buffer, the first of the next are read into it.
 """
 
 from __future__ import annotations
 
 import itertools
 import mmap
+import multiprocessing
+import os
 import pickle
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -163,10 +168,32 @@ def _items(stream: _Stream, *, workers: int) -> Iterator[_Item]:
             _Parcel(stream, file) if workers else stream,
             batch_size=None,
             num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_end_with_the_trainer,
         )
         for chunk in loader:
             yield from chunk.items()
+
+
+def _context() -> BaseContext:
+    """Return how workers are started: never as a fork of this process, which may hold a GPU."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+def _end_with_the_trainer(_: int) -> None:
+    """End this worker as soon as the trainer is gone: torch looks whether the process that forked it is there."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def watch() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Stream(IterableDataset[_Chunk]):
