@@ -44,7 +44,10 @@ class Faults:
     ) -> None:
         self._study, self._store, self._on_end = study, store, on_end
         self._known = {entry.id: len(entry.failures) for entry in entries}
-        self._planned, self._ended = planned, {entry.id: entry for entry in entries if entry.ended is not None}
+        ended = [entry for entry in entries if entry.ended is not None]
+        # Not the entries: of thousands of trials they are most of what a driver would hold.
+        self._planned, self._ended = planned, {entry.id for entry in ended}
+        self._failed = {failed[0]: failed for failed in failures.failed_trials(ended)}
         self._actors: dict[str, Assignment] = {}
         self.error: Exception | None = None
         self.events = 0  # trials ended and attempts failed: whether a search gets on at all
@@ -91,16 +94,18 @@ class Faults:
         self.events += 1
         self.guard(lambda: self._on_end(entry))
         if entry.ended is not None:
-            self._ended[entry.id] = entry
+            self._ended.add(entry.id)
+            self._failed.update({failed[0]: failed for failed in failures.failed_trials([entry])})
             self.guard(self.check_share)
 
     def check_share(self) -> None:
         """Raise TrialError where so many trials failed that the rest are not worth their cost."""
-        failed, most = failures.failed_trials(self._ended.values()), self._study.search.max_failed
-        if len(failed) < _FEWEST or len(failed) <= most * self._planned or len(self._ended) >= self._planned:
+        count, most = len(self._failed), self._study.search.max_failed
+        if count < _FEWEST or count <= most * self._planned or len(self._ended) >= self._planned:
             return
+        failed = list(self._failed.values())
         raise TrialError(
-            f"{len(failed)} of {self._planned} planned trials failed ({len(failed) / self._planned:.0%}), more than "
+            f"{count} of {self._planned} planned trials failed ({count / self._planned:.0%}), more than "
             f"search.max_failed={most:g} allows; most often {failures.reasons(failed)[0]}",
             where=self._store.uri,
             fix=f"read {failures.traceback_name(failed[0][0])} there, and mend the cause; or let the others run, with "

@@ -107,6 +107,7 @@ class _Objective:
         total = self._search.num_trials
         self.total = total if self._grid is None else min(total, len(self._grid) + len(self._search.known))
         self.taken: set[int] = set()
+        self._lowest = 0
         self.known: dict[str, _Known] = {}
         self._going: list[Assignment] = []
 
@@ -153,7 +154,9 @@ class _Objective:
 
     def next_number(self) -> int | None:
         """Return the lowest number not tried yet, None if all are."""
-        return next((n for n in range(self.total) if n not in self.taken), None)
+        while self._lowest in self.taken:
+            self._lowest += 1
+        return self._lowest if self._lowest < self.total else None
 
     def until(self, params: Mapping[str, Value]) -> int | None:
         """Return the first rung of a trial with these settings, None if it has none."""
