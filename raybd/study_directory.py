@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from raybd import fronts, run_record, tables
 from raybd.assignment import CarryOut, remove_leftovers, settle
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
+from raybd.growing_fronts import GrowingFronts
 from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.points import Points, Row
 from raybd.records import attack_rows, epoch_rows, pretrain_rows, trial_row
 from raybd.store import Store
 from raybd.study import FREE_SETTINGS, Resources, Study, differences
@@ -53,7 +54,9 @@ class StudyDirectory:
         self.share: Any = None
         self.failed_pretraining: dict[str, str] = {}
         self._trial_rows: dict[str, dict[str, Any]] = {}
-        self._epoch_rows: dict[str, list[dict[str, Any]]] = {}
+        self._fronts, self._front_rows = GrowingFronts(), dict[str, list[dict[str, Any]]]()
+        # By trial that has not ended: its epochs in the tables.
+        self._measured: dict[str, set[int]] = {}
         self.earlier = self._open()
 
     def _open(self) -> dict[str, Any] | None:
@@ -116,7 +119,7 @@ class StudyDirectory:
         view = SearchView(self.view, total=total, done=ended)
 
         def on_end(entry: Entry) -> None:
-            self._add_trial(entry)
+            self.add_trial(entry)
             if entry.ended is not None:
                 view.ended(entry)
             else:
@@ -125,7 +128,7 @@ class StudyDirectory:
         with self.view.live("search: starting trials"):
             run_search(self.study, ids, self.store, share, carry_out, on_epoch=view.epoch, on_end=on_end)
 
-    def _add_trial(self, entry: Entry) -> None:
+    def add_trial(self, entry: Entry) -> None:
         """Write the parts of a trial that has ended or waits at a rung, then the fronts as they are with it."""
         self._write_trial(entry)
         self._update_fronts()
@@ -136,7 +139,16 @@ class StudyDirectory:
         self._write_attacks(entry)
         tables.write(self.store, "epochs", entry.id, epochs)
         tables.write(self.store, "trials", entry.id, [trial])
-        self._epoch_rows[entry.id], self._trial_rows[entry.id] = epochs, trial
+        self._know(epochs, trial)
+
+    def _know(self, epochs: Sequence[Row], trial: dict[str, Any]) -> None:
+        """Take note of what the tables have of a trial."""
+        name = trial["trial_id"]
+        self._trial_rows[name] = trial
+        self._fronts.add(epochs, trial)
+        self._measured.pop(name, None)
+        if trial["state"] == State.RUNNING:
+            self._measured[name] = {row["epoch"] for row in epochs}
 
     def _is_behind(self, entry: Entry) -> bool:
         """Say whether the tables lack a trial, or have it as it was before it went on."""
@@ -156,10 +168,12 @@ class StudyDirectory:
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
         remove_leftovers(self.store)
-        self._trial_rows = {row["trial_id"]: row for row in tables.read(self.store, "trials").to_pylist()}
-        self._epoch_rows = defaultdict(list)
-        for row in tables.read(self.store, "epochs").to_pylist():
-            self._epoch_rows[row["trial_id"]].append(row)
+        self._fronts, self._front_rows = GrowingFronts(), {}
+        epochs: dict[str, list[Row]] = defaultdict(list)
+        for row in Points.of_table(tables.read(self.store, "epochs")):
+            epochs[row["trial_id"]].append(row)
+        for trial in tables.read(self.store, "trials").to_pylist():
+            self._know(epochs[trial["trial_id"]], trial)
         for entry in self.ledger.entries(Kind.TRIAL):
             if (entry.ended is not None or entry.pauses) and self._is_behind(entry):
                 self._write_trial(entry)
@@ -168,28 +182,30 @@ class StudyDirectory:
                 self.write_pretraining(entry)
 
     def _update_fronts(self) -> None:
-        """Write the fronts, then remove weights that are on none: of ended trials, and of epochs in the tables."""
+        """Write the fronts that have changed, then remove weights that are on none, of epochs in the tables."""
         by_objective: dict[str, list[dict[str, Any]]] = {}
-        epochs = list(chain.from_iterable(self._epoch_rows.values()))
-        for row in fronts.compute(epochs, self._trial_rows.values()):
+        for row in self._fronts.compute():
             by_objective.setdefault(row["objective"], []).append(row)
         for objective, rows in by_objective.items():
             kept = rows if self.keeps_weights else [{**row, "checkpoint": None} for row in rows]
-            tables.write(self.store, "fronts", objective, kept)
+            if self._front_rows.get(objective) != kept:
+                tables.write(self.store, "fronts", objective, kept)
+                self._front_rows[objective] = kept
         keep = {row["checkpoint"] for rows in by_objective.values() for row in rows}
-        # A trial that has not ended may have kept what no table has yet, and its last planned epoch is on the front
-        # `final` only once it has ended: of the others the tables say that they are on none.
-        going = {trial_id: row for trial_id, row in self._trial_rows.items() if row["state"] == State.RUNNING}
-        measured = {
-            fronts.checkpoint_name(trial_id, epoch["epoch"])
-            for trial_id, row in going.items()
-            for epoch in self._epoch_rows[trial_id]
-            if epoch["epoch"] != row["epochs_planned"]
-        }
-        ended = self._trial_rows.keys() - going.keys()
         for name in self.store.names("weights"):
-            if name not in keep and (name.split("/")[1] in ended or name in measured):
+            if name not in keep and self._may_go(name):
                 self.store.delete(name)
+
+    def _may_go(self, weights: str) -> bool:
+        """Say whether the tables have the epoch of these weights, and nothing can put it on a front any more."""
+        trial = self._trial_rows.get(trial_id := weights.split("/")[1])
+        if trial is None:
+            return False
+        # The last planned epoch of a trial is on the front `final` only once the trial has ended.
+        return trial["state"] != State.RUNNING or any(
+            weights == fronts.checkpoint_name(trial_id, epoch)
+            for epoch in self._measured[trial_id] - {trial["epochs_planned"]}
+        )
 
     def finish(self) -> Outcome:
         """Write fronts and report from what there is."""
