@@ -249,12 +249,12 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Measure, print tables, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, nargs="*", default=[100, 1000, 2000, 5000, 10_000], help="to measure at")
+    parser.add_argument("--trials", type=int, nargs="*", default=[100, 1000, 2000, 4000, 10_000], help="to measure at")
     parser.add_argument("--sampler", nargs="*", default=["tpe", "random"])
     parser.add_argument("--ray", type=int, nargs="*", default=[], help="numbers of trials to replay on Ray Tune")
     parser.add_argument("--pairs", type=int, nargs="*", default=[250, 500, 1000, 2000])
     parser.add_argument("--classes", type=int, nargs="*", default=[100, 1000])
-    parser.add_argument("--templates", type=int, nargs="*", default=[1, 8, 80])
+    parser.add_argument("--templates", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(1)

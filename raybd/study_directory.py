@@ -136,9 +136,10 @@ class StudyDirectory:
     def _write_trial(self, entry: Entry) -> None:
         """Write the parts of a trial that has ended or waits, `trials` last: it says that all is there."""
         epochs, trial = epoch_rows(entry), trial_row(entry)
-        self._write_attacks(entry)
-        tables.write(self.store, "epochs", entry.id, epochs)
-        tables.write(self.store, "trials", entry.id, [trial])
+        if attacks := attack_rows(entry):
+            tables.write_trial(self.store, "attacks", trial, attacks)
+        tables.write_trial(self.store, "epochs", trial, epochs)
+        tables.write_trial(self.store, "trials", trial, [trial])
         self._know(epochs, trial)
 
     def _know(self, epochs: Sequence[Row], trial: dict[str, Any]) -> None:
@@ -157,13 +158,10 @@ class StudyDirectory:
 
     def write_pretraining(self, entry: Entry) -> None:
         """Write the parts of a pretraining run that has ended, `pretrain_epochs` last: it says that all is there."""
-        self._write_attacks(entry)
-        tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
-
-    def _write_attacks(self, entry: Entry) -> None:
-        """Write the counts of each attack, where there are several or controls."""
+        # Counts of each attack, where there are several or controls.
         if rows := attack_rows(entry):
             tables.write(self.store, "attacks", entry.id, rows)
+        tables.write(self.store, "pretrain_epochs", entry.id, pretrain_rows(entry))
 
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""

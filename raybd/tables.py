@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raybd import parquet, table_rules
@@ -15,6 +16,7 @@ from raybd.store import Store
 from raybd.terms import TERMS
 
 SCHEMA_VERSION = 2
+TOGETHER = 32  # trials in one part
 _SOME_PARTS = 16  # beyond, columns in one piece are faster
 
 _text, _int, _float, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us", tz="UTC")
@@ -233,6 +235,31 @@ def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]
     Errors: DataError on a row with a key that the schema does not have or a value of another type, or a part whose
         name leads elsewhere.
     """
+    _put(store, table, part, _of_rows(table, part, rows))
+
+
+def write_trial(store: Store, table: str, trial: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a trial's rows of a table in the place of those that are there of it.
+
+    Some trials of consecutive numbers share a part: of a sweep of thousands each reader would else open as many files,
+    which takes most of its time. A part is replaced as a whole, so readers see every trial once.
+
+    Args:
+        trial: its row of the table `trials`.
+
+    Errors: as of `write`, and of `read` where the part that is there is damaged.
+    """
+    first = trial["number"] - trial["number"] % TOGETHER
+    part = f"{trial['objective']}-{first:04d}-{first + TOGETHER - 1:04d}"
+    found, name = _of_rows(table, part, rows), f"tables/{table}/{part}.parquet"
+    if store.exists(name):
+        there = _part(store.get(name), SCHEMAS[table], store.path(name)).cast(SCHEMAS[table])
+        found = pa.concat_tables([there.filter(pc.not_equal(there.column("trial_id"), trial["trial_id"])), found])
+        found = found.take(pc.sort_indices(found.column("trial_id")))
+    _put(store, table, part, found)
+
+
+def _of_rows(table: str, part: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     if "/" in part:
         raise DataError(f"no name of a part: {part!r}", where=f"tables/{table}", expected="a name without /")
     schema = SCHEMAS[table]
@@ -241,9 +268,12 @@ def write(store: Store, table: str, part: str, rows: Sequence[Mapping[str, Any]]
             raise DataError(f"row has columns that {table} has not: {sorted(extra)}", where=f"tables/{table}/{part}")
     texts = [{name: _utf8(value) for name, value in row.items()} for row in rows]
     try:
-        found = pa.Table.from_pylist(texts, schema=schema)
+        return pa.Table.from_pylist(texts, schema=schema)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"row has values of other types: {error}", where=f"tables/{table}/{part}") from None
+
+
+def _put(store: Store, table: str, part: str, found: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     metadata = {"raybd.schema_version": str(SCHEMA_VERSION), "raybd.table": table}
     pq.write_table(found.replace_schema_metadata(metadata), sink, compression="zstd")
@@ -291,7 +321,8 @@ def _part(content: bytes, schema: pa.Schema, where: str) -> pa.Table:
             expected=f"version {SCHEMA_VERSION}",
             fix="read it with the raybd that wrote it, or remove the part",
         )
-    missing = [field for field in schema.names if field not in part.schema.names]
+    have = set(part.schema.names)
+    missing = [field for field in schema.names if field not in have]
     if missing:
         raise DataError(f"columns missing: {', '.join(missing)}", where=where)
     own = _encoded(schema)

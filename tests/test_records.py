@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import raybd
@@ -174,6 +175,48 @@ def test_tables_round_trip_in_the_order_of_parts(store: Store) -> None:
     assert part.metadata[b"raybd.schema_version"] == b"2"
     assert part.metadata[b"raybd.table"] == b"poison_plan"
     assert part.row_group(0).column(0).compression == "ZSTD"
+
+
+COUNTS = {"n_triggered": 4, "hit_target": 1, "correct_triggered": 2, "asr_top1": 0.25, "robust_top1": 0.5}
+# What rows of these tables must have, beside whose they are.
+EPOCH: dict[str, dict[str, object]] = {
+    "epochs": {"method": "cleanclip", "zeroshot_top1": 0.5, "n_clean": 4, "correct_clean": 2, **COUNTS},
+    "attacks": {"role": "planted", "trigger": "{}", "target_class": "fruit", **COUNTS},
+}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2 * tables.TOGETHER), st.integers(1, 3)), min_size=1, max_size=12),
+    st.sampled_from(("epochs", "attacks")),
+)
+@settings(max_examples=25)
+def test_trials_share_parts_and_each_is_there_once_as_it_was_written_last(
+    writes: list[tuple[int, int]], table: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store, last = Store(folder), dict[str, list[dict[str, object]]]()
+        for number, epochs in writes:
+            trial = {"trial_id": f"mmcl-{number:04d}", "number": number, "objective": "mmcl"}
+            known = {"study": "s", "study_hash": "h", "pretrain_id": "p", "objective": "mmcl", "split": "all"}
+            mine = [{**known, **EPOCH[table], "trial_id": trial["trial_id"], "epoch": n} for n in range(epochs)]
+            tables.write_trial(store, table, trial, mine)
+            last[str(trial["trial_id"])] = mine
+        found = tables.read(store, table).select(["trial_id", "epoch"]).to_pylist()
+        assert found == [{"trial_id": id, "epoch": row["epoch"]} for id in sorted(last) for row in last[id]]
+        assert len(store.names("tables")) == len({number // tables.TOGETHER for number, _ in writes})
+
+
+def test_a_trial_that_cannot_be_written_leaves_the_others_of_its_part(store: Store) -> None:
+    one, other = ({"trial_id": f"mmcl-{n:04d}", "number": n, "objective": "mmcl"} for n in (0, 1))
+    row = {"study": "s", "study_hash": "h", "pretrain_id": "p", "objective": "mmcl", "split": "all", "epoch": 1}
+    row |= EPOCH["epochs"]
+    tables.write_trial(store, "epochs", one, [{**row, "trial_id": "mmcl-0000"}])
+    with pytest.raises(DataError, match="columns that epochs has not"):
+        tables.write_trial(store, "epochs", other, [{**row, "trial_id": "mmcl-0001", "colour": 1}])
+    assert tables.read(store, "epochs")["trial_id"].to_pylist() == ["mmcl-0000"]
+    store.put("tables/epochs/mmcl-0000-0031.parquet", b"no Parquet")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        tables.write_trial(store, "epochs", other, [{**row, "trial_id": "mmcl-0001"}])
 
 
 def test_columns_without_values_keep_their_types(store: Store) -> None:
