@@ -13,7 +13,7 @@ from raybd.assignment import CarryOut, remove_leftovers, settle
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
 from raybd.growing_fronts import GrowingFronts
-from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.points import Points, Row
 from raybd.records import attack_rows, epoch_rows, pretrain_rows, trial_row
 from raybd.store import Store
@@ -136,10 +136,11 @@ class StudyDirectory:
     def _write_trial(self, entry: Entry) -> None:
         """Write the parts of a trial that has ended or waits, `trials` last: it says that all is there."""
         epochs, trial = epoch_rows(entry), trial_row(entry)
-        if attacks := attack_rows(entry):
-            tables.write_trial(self.store, "attacks", trial, attacks)
-        tables.write_trial(self.store, "epochs", trial, epochs)
-        tables.write_trial(self.store, "trials", trial, [trial])
+        with reading(f"ledger/trials/{entry.id}"):
+            if attacks := attack_rows(entry):
+                tables.write_trial(self.store, "attacks", trial, attacks)
+            tables.write_trial(self.store, "epochs", trial, epochs)
+            tables.write_trial(self.store, "trials", trial, [trial])
         self._know(epochs, trial)
 
     def _know(self, epochs: Sequence[Row], trial: dict[str, Any]) -> None:
@@ -166,6 +167,7 @@ class StudyDirectory:
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
         remove_leftovers(self.store)
+        self._remove_parts_of_single_trials()
         self._fronts, self._front_rows = GrowingFronts(), {}
         epochs: dict[str, list[Row]] = defaultdict(list)
         for row in Points.of_table(tables.read(self.store, "epochs")):
@@ -178,6 +180,14 @@ class StudyDirectory:
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
                 self.write_pretraining(entry)
+
+    def _remove_parts_of_single_trials(self) -> None:
+        """Remove what an earlier raybd wrote, a part for each trial: from the ledger they are written anew."""
+        trials = set(self.ledger.ids(Kind.TRIAL))
+        for table in ("attacks", "epochs", "trials"):
+            for name in self.store.names(f"tables/{table}", suffix=".parquet"):
+                if name.rpartition("/")[2].removesuffix(".parquet") in trials:
+                    self.store.delete(name)
 
     def _update_fronts(self) -> None:
         """Write the fronts that have changed, then remove weights that are on none, of epochs in the tables."""

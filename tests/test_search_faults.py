@@ -404,6 +404,7 @@ def test_trials_that_train_wait_go_on_and_keep_the_weights_of_the_front(root: Pa
     assert sorted(max(entry.epochs) for entry in known) == [1, 1, 1, 2, 3]  # of five two go on, of two one
     assert sorted(entry.attempts for entry in known) == [1, 1, 1, 2, 3]
     assert run.names("state") == []
+    assert run.names("weights")
     kept = {row["checkpoint"] for row in tables.read(run, "fronts").to_pylist()}
     assert {name for name in kept if name.startswith("weights/")} == set(run.names("weights"))
     assert {row["stop_reason"] is None for row in tables.read(run, "trials").to_pylist()} == {True, False}

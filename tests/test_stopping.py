@@ -23,7 +23,7 @@ from raybd.assignment import Assignment, settle, stop
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.console import View
 from raybd.curves import Curve, epoch_record
-from raybd.errors import StudyError
+from raybd.errors import DataError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import trial_row
 from raybd.replay import Recorded, ReplayTrial
@@ -408,6 +408,52 @@ def test_the_last_epoch_of_a_trial_that_has_not_ended_keeps_its_weights(tmp_path
     directory.load_tables()
     directory._update_fronts()
     assert kept[-1] not in directory.store.names("weights")
+
+
+def test_tables_of_an_earlier_raybd_and_fronts_that_are_gone_are_written_anew(tmp_path: Path) -> None:
+    """It wrote a part for each trial, in place of one for many."""
+    directory = StudyDirectory(study_of(), Store(str(tmp_path)), View())
+    store = directory.store
+    Search(directory.study, tmp_path).run()
+    directory.load_tables()
+    directory._update_fronts()
+    whole = {table: tables.read(store, table) for table in ("epochs", "trials", "fronts")}
+    assert whole["fronts"].num_rows
+    shared = store.names("tables/trials")
+    rows = {table: whole[table].to_pylist() for table in ("epochs", "trials")}
+    own = rows["trials"][3]["trial_id"]
+    for table in rows:
+        tables.write(store, table, own, [row for row in rows[table] if row["trial_id"] == own])
+    for name in store.names("tables/fronts"):
+        store.delete(name)
+    with pytest.raises(DataError):
+        tables.read(store, "epochs")
+    directory.load_tables()
+    directory._update_fronts()
+    assert {table: tables.read(store, table) for table in whole} == whole
+    assert store.names("tables/trials") == shared
+    # As that raybd left them: nothing is shared yet.
+    for table in rows:
+        for name in store.names(f"tables/{table}"):
+            store.delete(name)
+        for row in rows["trials"]:
+            mine = [found for found in rows[table] if found["trial_id"] == row["trial_id"]]
+            tables.write(store, table, row["trial_id"], mine)
+    StudyDirectory(directory.study, store, View()).load_tables()
+    assert {table: tables.read(store, table) for table in whole} == whole
+    assert store.names("tables/trials") == shared
+
+
+def test_a_record_with_a_number_that_is_none_is_told_as_such(tmp_path: Path) -> None:
+    directory = StudyDirectory(study_of(), Store(str(tmp_path)), View())
+    search = Search(directory.study, tmp_path)
+    search.run(most=4)
+    name = next(name for name in directory.store.names("ledger/trials") if name.endswith("started-001.json"))
+    for number in ("3", None, 3.5):
+        record = json.loads(directory.store.get(name)) | {"number": number}
+        directory.store.put(name, json.dumps(record).encode())
+        with pytest.raises(DataError):
+            directory.load_tables()
 
 
 # --- on Ray

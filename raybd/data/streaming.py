@@ -33,6 +33,7 @@ from raybd.errors import DataError
 from raybd.seeding import fork
 
 _CHUNK = 64
+_SAFE = "PYTHONSAFEPATH"
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,16 @@ def _context() -> BaseContext:
     """Return how workers are started: never as a fork of this process, which may hold a GPU."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    from multiprocessing import forkserver
+
+    context, before = multiprocessing.get_context("forkserver"), os.environ.get(_SAFE)
+    context.set_forkserver_preload([__name__])
+    # It is started by `python -c`, which would look for raybd and torch in the working directory first.
+    os.environ[_SAFE] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop(_SAFE) if before is None else os.environ.update({_SAFE: before})
     return context
 
 
