@@ -9,8 +9,6 @@ without Ray, so that what is timed is what the driver of a sweep does for each. 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
 import json
 import random
@@ -26,17 +24,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from ray.tune.search import Searcher
+from search_efficiency import on_ray, searcher_of
 from setting import setting
 
-from raybd.assignment import Assignment, settle, stop
-from raybd.cluster.searcher import LedgerSearcher
+from raybd.assignment import Assignment
 from raybd.console import View
 from raybd.curves import Curve, epoch_record
 from raybd.evaluate import class_embeddings, evaluating, make_set
 from raybd.ledger import Kind, Ledger
 from raybd.model import create
-from raybd.replay import Recorded, ReplayTrial
-from raybd.replaying import ReplayRun
+from raybd.replay import ReplayTrial
 from raybd.store import Store
 from raybd.study import Evaluation, Study
 from raybd.study_directory import StudyDirectory
@@ -113,7 +111,7 @@ def with_trials(study: Study, folder: Path, milestones: Sequence[int]) -> list[R
     store.put("study.json", json.dumps({"study": study.resolved(), "hash": study.hash()}).encode())
     on, clock, last = ReplayTrial(tuple(found), nearest=True), _Clock(), 0
     directory = StudyDirectory(study, store, View())
-    searcher = _searcher(study, store, found)
+    searcher = searcher_of(study, found, store)
     for number in range(milestones[-1]):
         clock.start()
         task = Assignment(**_asked(searcher, str(number)))
@@ -132,17 +130,7 @@ def with_trials(study: Study, folder: Path, milestones: Sequence[int]) -> list[R
     return rows
 
 
-def _searcher(study: Study, store: Store, found: Sequence[Curve]) -> LedgerSearcher:
-    return LedgerSearcher(
-        study,
-        Recorded(found, nearest=True).pretrain_ids(study),
-        Ledger(store).entries(Kind.TRIAL),
-        lambda task: settle(store, study, task),
-        stop=lambda trial_id, reason: stop(store, trial_id, reason).ended is not None,
-    )
-
-
-def _asked(searcher: LedgerSearcher, trial_id: str) -> dict[str, Any]:
+def _asked(searcher: Searcher, trial_id: str) -> dict[str, Any]:
     suggested = searcher.suggest(trial_id)
     assert isinstance(suggested, dict)
     return suggested
@@ -164,7 +152,7 @@ def _again(study: Study, folder: Path, found: Sequence[Curve]) -> Row:
     """Return how long it takes to go on with a run directory, and to print its fronts (CPU time)."""
     began = time.perf_counter()
     store = Store(str(folder))
-    _searcher(study, store, found)
+    searcher_of(study, found, store)
     StudyDirectory(study, store, View()).load_tables()
     resumed = time.perf_counter() - began
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -174,11 +162,10 @@ def _again(study: Study, folder: Path, found: Sequence[Curve]) -> Row:
     return {"resume_s": resumed, "pareto_cpu_s": cpu}
 
 
-def on_ray(study: Study, on: str, folder: Path) -> Row:
+def with_ray(study: Study, on: str, folder: Path) -> Row:
     """Replay a study on Ray Tune, two at a time; return wall time for each trial, starting Ray included and not."""
     began = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        ReplayRun(study, Store(str(folder)), View(), on=on, nearest=True).run()
+    on_ray(study, on, str(folder))
     wall = time.perf_counter() - began
     starts = sorted(entry.started["started"] for entry in Ledger(Store(str(folder))).entries(Kind.TRIAL))
     span = datetime.fromisoformat(starts[-1]) - datetime.fromisoformat(starts[0])
@@ -276,7 +263,7 @@ def main() -> None:
                 show(f"trials, {sampler}", with_trials(study, root / sampler, options.trials))
         if options.ray:
             with_trials(study_of(200, "random"), root / "on", [200])
-            found = [on_ray(study_of(n, "random"), str(root / "on"), root / f"ray-{n}") for n in options.ray]
+            found = [with_ray(study_of(n, "random"), str(root / "on"), root / f"ray-{n}") for n in options.ray]
             show("trials on Ray Tune", found)
         if options.pairs:
             show("pairs of the cleaning set", with_cleaning_sets(options.pairs, root / "pairs"))

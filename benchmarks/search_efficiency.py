@@ -82,18 +82,23 @@ def study_of(found: Sequence[Curve], searched: str, *, seed: int) -> Study:
 Spent = list[tuple[str, Mapping[str, Any]]]  # pretrain objective and record of each epoch, in order
 
 
-def drive(study: Study, found: Sequence[Curve], folder: str) -> Spent:
-    """Run a search without Ray, one trial after the other, in a run directory; return its epochs as they were spent."""
-    recorded, store, spent = Recorded(found, nearest=True), Store(folder), Spent()
-    recorded.check(study)
-    on = ReplayTrial(tuple(found), nearest=True)
-    searcher = LedgerSearcher(
+def searcher_of(study: Study, found: Sequence[Curve], store: Store) -> LedgerSearcher:
+    """Return the product's searcher, which goes on from what the ledger of a run directory has."""
+    return LedgerSearcher(
         study,
-        recorded.pretrain_ids(study),
-        [],
+        Recorded(found, nearest=True).pretrain_ids(study),
+        Ledger(store).entries(Kind.TRIAL),
         lambda task: settle(store, study, task),
         stop=lambda trial_id, reason: stop(store, trial_id, reason).ended is not None,
     )
+
+
+def drive(study: Study, found: Sequence[Curve], folder: str) -> Spent:
+    """Run a search without Ray, one trial after the other, in a run directory; return its epochs as they were spent."""
+    store, spent = Store(folder), Spent()
+    Recorded(found, nearest=True).check(study)
+    on = ReplayTrial(tuple(found), nearest=True)
+    searcher = searcher_of(study, found, store)
     for number in itertools.count():
         suggested = searcher.suggest(str(number))
         if not isinstance(suggested, dict):

@@ -47,8 +47,8 @@ class GrowingFronts:
         for trial_id in self._epochs.keys() - needed.keys():
             del self._epochs[trial_id], self._trials[trial_id]
         for trial_id, rows in self._epochs.items():
-            last = max((row["epoch"] for row in rows if row["alpha"] is None), default=0)
-            self._epochs[trial_id] = [row for row in rows if row["epoch"] in needed[trial_id] | {last}]
+            needed[trial_id].add(max((row["epoch"] for row in rows if row["alpha"] is None), default=0))
+            self._epochs[trial_id] = [row for row in rows if row["epoch"] in needed[trial_id]]
 
     def _baselines(self) -> Iterable[Row]:
         """Return a row of each model before cleaning, on each half, that has what `fronts.baseline` returns."""

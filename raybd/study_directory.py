@@ -55,8 +55,9 @@ class StudyDirectory:
         self.failed_pretraining: dict[str, str] = {}
         self._trial_rows: dict[str, dict[str, Any]] = {}
         self._fronts, self._front_rows = GrowingFronts(), dict[str, list[dict[str, Any]]]()
-        # By trial that has not ended: its epochs in the tables.
-        self._measured: dict[str, set[int]] = {}
+        # By trial that has not ended: the weights of its epochs in the tables, but of the last one planned, which is on
+        # the front `final` only once the trial has ended.
+        self._measured: dict[str, set[str]] = {}
         self.earlier = self._open()
 
     def _open(self) -> dict[str, Any] | None:
@@ -150,7 +151,8 @@ class StudyDirectory:
         self._fronts.add(epochs, trial)
         self._measured.pop(name, None)
         if trial["state"] == State.RUNNING:
-            self._measured[name] = {row["epoch"] for row in epochs}
+            found = {row["epoch"] for row in epochs} - {trial["epochs_planned"]}
+            self._measured[name] = {fronts.checkpoint_name(name, epoch) for epoch in found}
 
     def _is_behind(self, entry: Entry) -> bool:
         """Say whether the tables lack a trial, or have it as it was before it went on."""
@@ -167,23 +169,23 @@ class StudyDirectory:
     def load_tables(self) -> None:
         """Read what the tables have, and write the parts that only the ledger has: their writer died in between."""
         remove_leftovers(self.store)
-        self._remove_parts_of_single_trials()
+        entries = self.ledger.entries(Kind.TRIAL)
+        self._remove_parts_of({entry.id for entry in entries})
         self._fronts, self._front_rows = GrowingFronts(), {}
         epochs: dict[str, list[Row]] = defaultdict(list)
         for row in Points.of_table(tables.read(self.store, "epochs")):
             epochs[row["trial_id"]].append(row)
         for trial in tables.read(self.store, "trials").to_pylist():
             self._know(epochs[trial["trial_id"]], trial)
-        for entry in self.ledger.entries(Kind.TRIAL):
+        for entry in entries:
             if (entry.ended is not None or entry.pauses) and self._is_behind(entry):
                 self._write_trial(entry)
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
                 self.write_pretraining(entry)
 
-    def _remove_parts_of_single_trials(self) -> None:
+    def _remove_parts_of(self, trials: set[str]) -> None:
         """Remove what an earlier raybd wrote, a part for each trial: from the ledger they are written anew."""
-        trials = set(self.ledger.ids(Kind.TRIAL))
         for table in ("attacks", "epochs", "trials"):
             for name in self.store.names(f"tables/{table}", suffix=".parquet"):
                 if name.rpartition("/")[2].removesuffix(".parquet") in trials:
@@ -206,14 +208,9 @@ class StudyDirectory:
 
     def _may_go(self, weights: str) -> bool:
         """Say whether the tables have the epoch of these weights, and nothing can put it on a front any more."""
-        trial = self._trial_rows.get(trial_id := weights.split("/")[1])
-        if trial is None:
-            return False
-        # The last planned epoch of a trial is on the front `final` only once the trial has ended.
-        return trial["state"] != State.RUNNING or any(
-            weights == fronts.checkpoint_name(trial_id, epoch)
-            for epoch in self._measured[trial_id] - {trial["epochs_planned"]}
-        )
+        trial_id = weights.split("/")[1]
+        measured = self._measured.get(trial_id)
+        return trial_id in self._trial_rows and (measured is None or weights in measured)
 
     def finish(self) -> Outcome:
         """Write fronts and report from what there is."""

@@ -24,6 +24,7 @@ import pytest
 
 from raybd import tables
 from raybd.assignment import Assignment, Notify, done_already, start_record
+from raybd.clean.actor import CleanTrial
 from raybd.console import View
 from raybd.errors import RaybdError, StorageError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
@@ -162,8 +163,6 @@ def on_a_bad_disk(study: Study, store: Store, task: Assignment, notify: Notify) 
 
 def sabotaged(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
     """Train, but in its first attempt number 2 is killed in its second epoch, and 3 stops for ever in its first."""
-    from raybd.clean.actor import CleanTrial
-
     first = store.names(f"ledger/trials/{task.trial_id}") == []
 
     def and_then(epoch: int, record: dict[str, Any]) -> None:
@@ -174,12 +173,6 @@ def sabotaged(study: Study, store: Store, task: Assignment, notify: Notify) -> E
             threading.Timer(0.1, os.kill, (os.getpid(), due)).start()
 
     return CleanTrial(threads=1, use_gpu=False)(study, store, task, and_then)
-
-
-def trains(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    from raybd.clean.actor import CleanTrial
-
-    return CleanTrial(threads=1, use_gpu=False)(study, store, task, notify)
 
 
 class Lines(View):
@@ -253,7 +246,7 @@ def main(root: str) -> None:
                     [0.001, 0.002, 0.004, 0.008, 0.016],
                     stopping={"rungs": [1, 2], "keep": 0.5, "collapse_below": 0},
                 ),
-                trains,
+                CleanTrial(threads=1, use_gpu=False),
             ),
         ):
             view = Lines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray.cloudpickle
@@ -44,10 +44,10 @@ class Faults:
     ) -> None:
         self._study, self._store, self._on_end = study, store, on_end
         self._known = {entry.id: len(entry.failures) for entry in entries}
-        ended = [entry for entry in entries if entry.ended is not None]
         # Not the entries: of thousands of trials they are most of what a driver would hold.
-        self._planned, self._ended = planned, {entry.id for entry in ended}
-        self._failed = {failed[0]: failed for failed in failures.failed_trials(ended)}
+        self._planned, self._ended = planned, set[str]()
+        self._failed: dict[str, tuple[str, str | None, str | None]] = {}
+        self._count(entry for entry in entries if entry.ended is not None)
         self._actors: dict[str, Assignment] = {}
         self.error: Exception | None = None
         self.events = 0  # trials ended and attempts failed: whether a search gets on at all
@@ -94,9 +94,13 @@ class Faults:
         self.events += 1
         self.guard(lambda: self._on_end(entry))
         if entry.ended is not None:
+            self._count([entry])
+            self.guard(self.check_share)
+
+    def _count(self, ended: Iterable[Entry]) -> None:
+        for entry in ended:
             self._ended.add(entry.id)
             self._failed.update({failed[0]: failed for failed in failures.failed_trials([entry])})
-            self.guard(self.check_share)
 
     def check_share(self) -> None:
         """Raise TrialError where so many trials failed that the rest are not worth their cost."""
