@@ -277,7 +277,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+@cache
 def _tokenizer(name: str) -> Any:
+    # Made once: it reads a vocabulary of 50,000 pieces, and nothing changes it.
     try:
         return open_clip.get_tokenizer(name)
     except Exception as error:  # a package or a file from the network, whatever it is that fails

@@ -17,7 +17,7 @@ from raybd import checkpoint
 from raybd.clean.trial import Assignment, _Keeper, point, run_trial, start_record
 from raybd.data.shards import find_shards, samples
 from raybd.errors import StorageError, StudyError, TrialError
-from raybd.evaluate import evaluate
+from raybd.evaluate import evaluate, measure
 from raybd.fronts import checkpoint_name
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.model import create, load_weights
@@ -25,6 +25,7 @@ from raybd.records import counts, epoch_rows, trial_row
 from raybd.store import Store
 from raybd.study import Data, Study
 from raybd.tables import SCHEMAS
+from raybd.train import loop
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
 from raybd.train.pretraining import done, pretrain, weights_name
@@ -165,6 +166,23 @@ def test_a_trial_from_start_to_end(study: Study, store: Store) -> None:
     assert json.loads(row["params_json"]) == dict(task.params)
     # What was needed to go on is gone.
     assert store.names("state") == store.names("progress") == []
+
+
+def test_the_poisoned_model_is_counted_once_for_all_trials_of_a_process(
+    study: Study, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_trial(study, store, task_of(0, lr=1e-4), device=CPU)
+    calls: list[object] = []
+
+    def counting(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        return measure(*given, **named)
+
+    monkeypatch.setattr(loop, "measure", counting)
+    entry = run_trial(study, store, task_of(1, lr=1e-4), device=CPU)
+    assert len(calls) == 2, "after each of two epochs"
+    assert entry.epochs[0]["counts"] == evaluated(study, store, weights_name(PRETRAINED))
+    assert not inputs_for(study).start_counts("another model")
 
 
 def test_the_weights_that_are_kept_are_those_of_epochs_that_none_beat(study: Study, store: Store) -> None:

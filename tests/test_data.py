@@ -13,6 +13,7 @@ import struct
 import sys
 import tarfile
 import time
+import types
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -1008,6 +1009,29 @@ def test_without_wordnet_it_is_said_once(
     assert [record.message for record in caplog.records] == [
         "WordNet is not installed: text views swap, delete and repeat words, and put in no synonyms"
     ]
+
+
+def test_without_its_data_nltk_is_not_asked(
+    clear_caches: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    corpus = types.ModuleType("nltk.corpus")
+    corpus.wordnet = types.SimpleNamespace(ensure_loaded=lambda: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))
+    monkeypatch.setitem(sys.modules, "nltk.corpus", corpus)
+    monkeypatch.setattr(views, "nltk_folders", lambda: [tmp_path])
+    assert views.wordnet() is None
+    views.wordnet.cache_clear()
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora/wordnet.zip").touch()
+    assert views.wordnet() is corpus.wordnet
+
+
+def test_the_data_are_looked_for_where_nltk_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    nltk_data = pytest.importorskip("nltk.data")
+    monkeypatch.delenv("NLTK_DATA", raising=False)
+    assert [str(folder) for folder in views.nltk_folders()] == nltk_data.path
+    monkeypatch.setenv("NLTK_DATA", os.pathsep.join(["/one", "~/two"]))
+    assert views.nltk_folders()[:2] == [Path("/one"), Path.home() / "two"]
 
 
 def test_synonyms_are_lower_case_sorted_and_not_the_word_itself(

@@ -262,7 +262,7 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
         found, {"mmcl": entries[0].started["pretrain_id"]}, entries, lambda task: None, stop=lambda *_: False
     )
     assert (searcher.planned, searcher.remaining) == (2, 0)
-    states = Counter(trial.state.name for trial in searcher._objectives["mmcl"].optuna.get_trials())
+    states = Counter(trial.state.name for trial in searcher._objectives["mmcl"].history.optuna.get_trials())
     assert states == {"COMPLETE": 1, "FAIL": 1}
 
 

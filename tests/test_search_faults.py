@@ -234,7 +234,7 @@ def main(root: str) -> None:
                 search.run_search(study, IDS, store, of_it, carry_out, on_epoch=lambda *_: None, on_end=ends)
             except RaybdError as raised:
                 error = [type(raised).__name__, str(raised)]
-            trials = [trial for own in made for trial in own._objectives["mmcl"].optuna.get_trials()]
+            trials = [trial for own in made for trial in own._objectives["mmcl"].history.optuna.get_trials()]
             states = {f"{trial.params['lr']:.6g}": trial.state.name for trial in trials}
             found[name] = {"error": error, "told": told, "optuna": sorted(states.values()), "dropped": len(dropped)}
             found[name]["searches"] = len(made)

@@ -22,8 +22,9 @@ from ray.tune.search import Searcher
 from raybd import signals
 from raybd.assignment import settle
 from raybd.clean.trial import Assignment
+from raybd.cluster.history import distribution, make_sampler, told
 from raybd.cluster.search import _Watch
-from raybd.cluster.searcher import LedgerSearcher, distribution, make_sampler, told
+from raybd.cluster.searcher import LedgerSearcher
 from raybd.cluster.session import Share, resolve, watched_head
 from raybd.errors import ClusterError, DataError
 from raybd.ledger import Entry, Kind, Ledger, State
@@ -104,7 +105,7 @@ class Driver:
         return tasks
 
     def trials(self, objective: str = "mmcl") -> list[optuna.trial.FrozenTrial]:
-        return self.searcher._objectives[objective].optuna.get_trials(deepcopy=False)
+        return self.searcher._objectives[objective].history.optuna.get_trials(deepcopy=False)
 
 
 # What is suggested.
@@ -113,7 +114,7 @@ class Driver:
 def test_each_objective_has_a_study_of_its_own_with_two_directions() -> None:
     found = Driver(study_of()).searcher._objectives
     assert list(found) == ["mmcl", "mmcl_ssl"]
-    studies = [objective.optuna for objective in found.values()]
+    studies = [objective.history.optuna for objective in found.values()]
     assert studies[0] is not studies[1]
     for own in studies:
         assert own.directions == [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
@@ -672,3 +673,53 @@ def test_a_drop_is_seen_wherever_the_trial_stands_in_the_list() -> None:
     watch.on_step_end(3, [new, again])
     watch.on_step_end(4, [new, again])
     assert told == ["new"]
+
+
+# A long search.
+
+
+@pytest.fixture
+def few_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raybd.cluster.history._BEST", 5)
+    monkeypatch.setattr("raybd.cluster.history.History.__init__.__kwdefaults__", {"shown": 20})
+
+
+def long_study() -> Study:
+    return study_of(sampler="tpe", num_trials=200, startup_trials=5)
+
+
+@pytest.mark.usefixtures("few_shown")
+def test_of_a_long_search_tpe_is_shown_the_best_and_a_share_of_the_others() -> None:
+    driver = Driver(long_study(), ids={"mmcl": IDS["mmcl"]})
+    most, scores = 0, []
+    for task in driver.play(150):
+        scores.append(told(driver.ledger[task["trial_id"]], Tell.LARGEST_AREA))
+        most = max(most, len(driver.trials()))
+    shown = {tuple(trial.values) for trial in driver.trials() if trial.state is TrialState.COMPLETE}
+    found = [score for score in scores if score is not None]
+    best = max(found, key=lambda score: score[0] * (1 - score[1]))
+    assert best in shown
+    assert shown <= set(found)
+    assert len(driver.trials()) < 40
+
+
+@pytest.mark.usefixtures("few_shown")
+def test_what_is_under_way_while_trials_are_left_out_is_told_all_the_same() -> None:
+    driver = Driver(long_study(), ids={"mmcl": IDS["mmcl"]})
+    early = driver.suggest()
+    driver.play(90)
+    driver.end(entry_of(early, (40, 99), (39, 1)), ray=1)
+    states = [trial.state for trial in driver.trials()]
+    assert TrialState.RUNNING not in states
+    (found,) = [trial for trial in driver.trials() if trial.values == [0.39, 0.01]]
+    assert found.params == early["params"]
+
+
+@pytest.mark.usefixtures("few_shown")
+def test_a_long_search_goes_on_as_if_it_had_not_been_broken_off() -> None:
+    whole = Driver(long_study(), ids={"mmcl": IDS["mmcl"]})
+    tasks = whole.play(120)
+    first = Driver(long_study(), ids={"mmcl": IDS["mmcl"]})
+    first.play(83)
+    again = Driver(long_study(), list(first.ledger.values()), ids={"mmcl": IDS["mmcl"]})
+    assert again.play(37) == tasks[83:]

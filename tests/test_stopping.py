@@ -300,7 +300,9 @@ def test_optuna_is_told_of_each_trial_once_at_its_first_rung(sampler: str, tmp_p
     entries = search.run()
     again = Search(study_of(sampler=sampler), tmp_path)
     for name in ("mmcl", "mmcl_ssl"):
-        live, rebuilt = (s.searcher._objectives[name].optuna.get_trials(deepcopy=False) for s in (search, again))
+        live, rebuilt = (
+            s.searcher._objectives[name].history.optuna.get_trials(deepcopy=False) for s in (search, again)
+        )
         assert [(t.state, t.values, t.params) for t in live] == [(t.state, t.values, t.params) for t in rebuilt]
         assert {t.state for t in live} == {TrialState.COMPLETE}
         for trial in live:

@@ -120,6 +120,15 @@ def _clean(study: Study, task: Assignment, context: LedgerContext, stops: Stops,
     load_weights(clip, checkpoint.from_bytes(context.store.get(name), where=name), where=name)
     pairs = inputs.cleaning_pairs(settings, clip, seed=seed)
     recipe = registry.recipe(settings, seed=fork(seed, "method"))
-    training = Training(clip, pairs, settings, context, inputs.evaluation_set, recipe=recipe, halt=stops)
+    training = Training(
+        clip,
+        pairs,
+        settings,
+        context,
+        inputs.evaluation_set,
+        recipe=recipe,
+        halt=stops,
+        start_counts=inputs.start_counts(task.pretrain_id),
+    )
     training.run()
     return training.weight_decay_in_force()

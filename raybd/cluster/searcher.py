@@ -3,79 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
 from pydantic import ValidationError
 from ray.tune.search import Searcher
 
-from raybd import pareto, stopping
 from raybd import space as search_space
+from raybd import stopping
 from raybd.assignment import Assignment, point
-from raybd.ledger import Entry, State, reading
+from raybd.cluster.history import Drawn, History, told
+from raybd.ledger import Entry, reading
 from raybd.seeding import fork
-from raybd.space import Range, Value
+from raybd.space import Value
 from raybd.stopping import Point
-from raybd.study import Sampler, Search, Study, Tell, searchable
-
-DIRECTIONS = ("maximize", "minimize")  # zero-shot accuracy, attack success rate
-
-
-def make_sampler(search: Search, *, seed: int) -> BaseSampler:
-    """Return the sampler that a study asks for. A grid needs none: its points are enumerated."""
-    seed %= 2**32
-    with warnings.catch_warnings():
-        # multivariate, group and constant_liar are marked experimental.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if search.sampler is Sampler.NSGA2:
-            return NSGAIISampler(population_size=search.population, seed=seed)
-        if search.sampler is Sampler.TPE:
-            return TPESampler(
-                multivariate=True, group=True, constant_liar=True, n_startup_trials=search.startup_trials, seed=seed
-            )
-        return RandomSampler(seed=seed)
-
-
-def distribution(name: str, found: Range) -> BaseDistribution:
-    """Return a range as Optuna's distribution, of the type that the setting has."""
-    if found.choices is not None:
-        return CategoricalDistribution(found.choices)
-    assert found.low is not None
-    assert found.high is not None
-    with warnings.catch_warnings():
-        # Optuna lowers a `high` that the steps do not reach, as `Range.grid` does, and warns of it.
-        warnings.filterwarnings("ignore", message=".*not divisible by `step`")
-        if searchable()[name] is int:
-            return IntDistribution(int(found.low), int(found.high), log=found.log, step=int(found.step or 1))
-        return FloatDistribution(float(found.low), float(found.high), log=found.log, step=found.step)
-
-
-def told(entry: Entry, rule: Tell) -> tuple[float, float] | None:
-    """Return what Optuna is told of a trial: accuracy and ASR, search half, of the epoch that stands for it.
-
-    None for one that failed. `largest_area` takes the epoch after cleaning began with the largest accuracy x (1 - ASR).
-    Of a trial that came to a rung only the epochs up to its first one count, however far it went on: trials are
-    compared at the same cost, and what was told does not change.
-    """
-    if not entry.pauses and (entry.ended is None or entry.ended["state"] == State.FAILED):
-        return None
-    last = entry.pauses[0]["epoch"] if entry.pauses else math.inf
-    records = [record for epoch, record in sorted(entry.epochs.items()) if 0 < epoch <= last]
-    points = [point(record) for record in records]
-    if not points:
-        return None
-    if rule is Tell.LAST_EPOCH:
-        # Points without training come after the last epoch, and are none.
-        return point([record for record in records if record.get("alpha") is None][-1])
-    top1, asr = zip(*points, strict=True)
-    return points[pareto.largest_area(top1, asr)]
+from raybd.study import Sampler, Study
 
 
 @dataclass
@@ -100,9 +44,7 @@ class _Objective:
 
     def __init__(self, study: Study, objective: str) -> None:
         self.name, self._study, self._search = objective, study, study.search
-        self._distributions = {name: distribution(name, found) for name, found in self._search.space.items()}
-        self.optuna = optuna.create_study(directions=list(DIRECTIONS), sampler=make_sampler(self._search, seed=0))
-        assert len(self.optuna.directions) == 2
+        self.history = History(self._search, seed=fork(study.seed, "search", objective))
         self._grid = search_space.grid(self._search.space) if self._search.sampler is Sampler.GRID else None
         total = self._search.num_trials
         self.total = total if self._grid is None else min(total, len(self._grid) + len(self._search.known))
@@ -112,39 +54,13 @@ class _Objective:
         self._going: list[Assignment] = []
 
     def replay(self, entry: Entry) -> None:
-        """Give Optuna a trial that has ended, or has come to its first rung."""
-        values = told(entry, self._search.tell)
-        params = entry.started["params"]
-        attributes = {}
-        if isinstance(self.optuna.sampler, NSGAIISampler):
-            # As NSGA-II itself does when it is asked: a generation is full when so many of it are complete, and its
-            # parents are chosen once.
-            complete = len(self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-            generation = complete // self._search.population
-            attributes[self.optuna.sampler._get_generation_key()] = generation
-            self.optuna.sampler.get_parent_population(self.optuna, generation)
-        self.optuna.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.COMPLETE if values else TrialState.FAIL,
-                values=values,
-                params=params,
-                distributions={name: self._distributions[name] for name in params},
-                system_attrs=attributes,
-            )
-        )
+        """Take in a trial that has ended, or has come to its first rung."""
+        self.history.add(entry.started["params"], told(entry, self._search.tell))
 
-    def ask(self, number: int, fixed: Mapping[str, Value] | None = None) -> optuna.Trial:
+    def ask(self, number: int, fixed: Mapping[str, Value] | None = None) -> Drawn:
         """Open a trial; what `fixed` leaves open is drawn. A draw depends on the seed, the number and the history."""
         self.taken.add(number)
-        self.optuna.sampler = make_sampler(self._search, seed=fork(self._study.seed, "search", self.name, number))
-        if fixed is not None:
-            self.optuna.enqueue_trial(dict(fixed))
-        trial = self.optuna.ask()
-        params: dict[str, Value] = {}
-        for name, found in search_space.ordered(self._search.space):
-            if found.active(params):
-                params[name] = trial._suggest(name, self._distributions[name])
-        return trial
+        return self.history.ask(fixed, seed=fork(self._study.seed, "search", self.name, number))
 
     def fixed(self, number: int) -> Mapping[str, Value] | None:
         """Return the settings that are known beforehand for a trial: the study's own, or the grid's."""
@@ -218,7 +134,7 @@ class _Objective:
                 self.known[name].waits = False
 
 
-_UnderWay = tuple[_Objective, Assignment, optuna.Trial | None]
+_UnderWay = tuple[_Objective, Assignment, Drawn | None]
 
 
 class LedgerSearcher(Searcher):
@@ -316,22 +232,22 @@ class LedgerSearcher(Searcher):
         self, trial_id: str, objective: _Objective, number: int, fixed: Mapping[str, Value] | None
     ) -> dict[str, Any]:
         """Return the assignment of a trial that starts, its settings as fixed or as Optuna draws them."""
-        trial = objective.ask(number, fixed)
+        drawn = objective.ask(number, fixed)
         task = Assignment(
             trial_id=f"{objective.name}-{number:04d}",
             number=number,
             objective=objective.name,
             pretrain_id=self._pretrain_ids[objective.name],
-            params=dict(trial.params),
-            until=objective.until(trial.params),
+            params=drawn.params,
+            until=objective.until(drawn.params),
         )
-        return self._assign(trial_id, objective, task, trial)
+        return self._assign(trial_id, objective, task, drawn)
 
     def _assign(
-        self, trial_id: str, objective: _Objective, task: Assignment, trial: optuna.Trial | None = None
+        self, trial_id: str, objective: _Objective, task: Assignment, drawn: Drawn | None = None
     ) -> dict[str, Any]:
-        """Take note of what is under way; of a trial that Optuna has been told of already there is no `trial`."""
-        self._assigned[trial_id] = (objective, task, trial)
+        """Take note of what is under way; of a trial that Optuna has been told of already there is no `drawn`."""
+        self._assigned[trial_id] = (objective, task, drawn)
         return dict(vars(task))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
@@ -343,17 +259,12 @@ class LedgerSearcher(Searcher):
             self.dropped(trial_id)
         if trial_id not in self._assigned:
             return
-        objective, task, trial = self._assigned.pop(trial_id)
+        objective, task, drawn = self._assigned.pop(trial_id)
         entry = self._settle(task)
         if entry is not None:
             objective.arrived(entry)
-        if trial is None:
-            return
-        values = told(entry, self._study.search.tell) if entry else None
-        if values is None:
-            objective.optuna.tell(trial, state=TrialState.FAIL)
-        else:
-            objective.optuna.tell(trial, list(values))
+        if drawn is not None:
+            objective.history.tell(drawn, told(entry, self._study.search.tell) if entry else None)
 
     def dropped(self, trial_id: str) -> None:
         """Take back an assignment that never began: it is suggested again, before any other."""
@@ -362,9 +273,9 @@ class LedgerSearcher(Searcher):
 
     def close(self) -> None:
         """Tell Optuna that what was under way when a search was broken off came to nothing."""
-        for objective, _, trial in (*self._assigned.values(), *self._dropped):
-            if trial is not None:
-                objective.optuna.tell(trial, state=TrialState.FAIL)
+        for objective, _, drawn in (*self._assigned.values(), *self._dropped):
+            if drawn is not None:
+                objective.history.tell(drawn, None)
         self._assigned.clear()
         self._dropped.clear()
 

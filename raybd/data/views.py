@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,10 +130,21 @@ def _crop_flip_colour(images_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
     return x_BCHW.round().clamp(0, 255).to(torch.uint8)
 
 
+def nltk_folders() -> list[Path]:
+    """Return where nltk looks for its data, as `nltk.data.path` has it, without nltk."""
+    asked = [folder for folder in os.environ.get("NLTK_DATA", "").split(os.pathsep) if folder]
+    roots = [sys.prefix, *(f"{sys.prefix}/{name}" for name in ("share", "lib"))]
+    roots += ["/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib"]
+    return [Path(name).expanduser() for name in (*asked, "~/nltk_data", *(f"{root}/nltk_data" for root in roots))]
+
+
 @cache
 def wordnet() -> Any | None:
     """Return nltk's WordNet reader; None where nltk or its data is not installed, which is said once."""
     try:
+        # nltk loads scipy's statistics: seconds in each process, for nothing where it has no data.
+        if not any((folder / "corpora").glob("wordnet*") for folder in nltk_folders()):
+            raise LookupError("wordnet")
         from nltk.corpus import wordnet as found
 
         found.ensure_loaded()

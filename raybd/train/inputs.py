@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ class Inputs:
 
     def __init__(self, study: Study) -> None:
         self.study = study
+        self._start_counts: dict[str, dict[str, Any]] = {}
 
     @cached_property
     def image_size(self) -> int:
@@ -192,6 +194,10 @@ class Inputs:
         """Return the cleaning pairs of a trial: clean, but for what is leaked on purpose. Errors: DataError."""
         images, leaked = self._cleaning(settings)
         return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
+
+    def start_counts(self, pretrain_id: str) -> dict[str, Any]:
+        """Return where the counts of a poisoned model are kept: all trials start with them, and one has to count."""
+        return self._start_counts.setdefault(pretrain_id, {})
 
     def new_model(self, settings: TrainSettings, *, seed: int) -> Clip:
         """Return the model to pretrain: random weights, or those that `model` names.

@@ -94,6 +94,7 @@ class Training:
         max_broken: share of broken samples in an epoch above which the run stops.
         recipe: what a cleaning method changes of plain training.
         halt: asked after each epoch whether the run ends there, before its last one.
+        start_counts: what an evaluation of this model as it comes gave before; filled in where it is empty.
     """
 
     def __init__(
@@ -107,10 +108,12 @@ class Training:
         max_broken: float = 1.0,
         recipe: Recipe | None = None,
         halt: Callable[[int], bool] = lambda epoch: False,
+        start_counts: dict[str, Any] | None = None,
     ) -> None:
         self.clip, self.pairs, self.settings, self.context = clip, pairs, settings, context
         self.evaluation_set, self.max_broken = evaluation_set, max_broken
         self.recipe, self._halt = recipe or Recipe(), halt
+        self._start_counts = {} if start_counts is None else start_counts
         weights = settings.loss_weights
         freeze_unused(clip.net, image=weights.uses_images, text=weights.uses_texts, bias=weights.siglip > 0)
         clip.net.to(context.device, memory_format=torch.channels_last)
@@ -335,7 +338,9 @@ class Training:
                 "lr": float(self.optimizer.param_groups[0]["lr"]) if self.recipe.optimizes else None,
                 "broken": broken,
             }
-        counted = self._evaluate()
+        counted = (epoch == 0 and dict(self._start_counts)) or self._evaluate()
+        if epoch == 0:
+            self._start_counts.update(counted)
         evaluated = time.perf_counter() - trained
         return {
             **columns,

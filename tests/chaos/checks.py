@@ -125,7 +125,7 @@ def _optuna(run: Store, study: Study) -> Iterator[Finding]:
     if searcher.remaining:
         yield Harm.LOST, f"Optuna: {searcher.remaining} trials remain"
     for name, objective in searcher._objectives.items():
-        states = [trial.state for trial in objective.optuna.get_trials(deepcopy=False)]
+        states = [trial.state for trial in objective.history.optuna.get_trials(deepcopy=False)]
         if not all(state.is_finished() for state in states):
             yield Harm.RUNNING, f"Optuna, {name}: {states}"
         if states != [TrialState.COMPLETE] * study.search.num_trials:
