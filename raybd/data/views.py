@@ -143,7 +143,7 @@ def wordnet() -> Any | None:
     """Return nltk's WordNet reader; None where nltk or its data is not installed, which is said once."""
     try:
         # nltk loads scipy's statistics: seconds in each process, for nothing where it has no data.
-        if not any((folder / "corpora").glob("wordnet*") for folder in nltk_folders()):
+        if not any(found for folder in nltk_folders() for found in (folder / "corpora").glob("wordnet*")):
             raise LookupError("wordnet")
         from nltk.corpus import wordnet as found
 
