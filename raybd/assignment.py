@@ -20,8 +20,8 @@ from raybd.store import Store
 from raybd.study import Failure, Stopping, Study
 
 # Of a run directory: what raybd writes there.
-_FOLDERS = ("ledger", "tables", "state", "progress", "pretrained", "weights", "errors")
-_FILES = ("study.json", "skipped.json", "preview.png", "report.html", "driver.lock")
+_FOLDERS = ("ledger", "tables", "state", "progress", "pretrained", "weights", "errors", "jobs")
+_FILES = ("study.json", "skipped.json", "preview.png", "report.html", "driver.lock", "stop.json")
 
 Notify = Callable[[int, dict[str, Any]], None]
 

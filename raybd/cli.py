@@ -16,6 +16,7 @@ from raybd.cli_doctor import doctor
 from raybd.cli_echo import Commands, echo, log_to_screen
 from raybd.cli_export import export
 from raybd.cli_init import init, schema
+from raybd.cli_jobs import DetachOption, detach, stop
 from raybd.cli_plan import (
     ClusterOption,
     DryOption,
@@ -79,6 +80,10 @@ SetOption = Annotated[
 ]
 RunDirOption = Annotated[str | None, typer.Option("--run-dir", help="where results go  [default: runs/STUDY]")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, `auto` or host:port; default: this machine")]
+JobAddressOption = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, `auto` or host:port, with --detach http://HEAD:8265; default: this machine"),
+]
 CodeOption = Annotated[
     bool, typer.Option("--allow-code-change", help="go on with results that another version of raybd made")
 ]
@@ -168,7 +173,8 @@ def run(
     study: StudyArgument,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
-    address: AddressOption = None,
+    address: JobAddressOption = None,
+    detach_: DetachOption = False,  # noqa: FBT002
     allow_code_change: CodeOption = False,  # noqa: FBT002
     dry_run: DryOption = False,  # noqa: FBT002
     tflops: TflopsOption = None,
@@ -181,6 +187,13 @@ def run(
     if dry_run:
         print_plan(study, set_, tflops, format_, probe=not no_probe, search=True, cluster=cluster, prices=price)
         return
+    if detach_:
+        detach(study, set_, run_dir, address, allow_code_change=allow_code_change)
+        return
+    if address and address.startswith(("http://", "https://")):
+        raise StudyError(
+            "the address of a job API", where=f"--address {address}", fix="add --detach, or give host:port"
+        )
     _carry_out(study, set_, run_dir, address, until="search", allow_code_change=allow_code_change)
 
 
@@ -353,6 +366,7 @@ def report(run: RunArgument) -> None:
 
 app.command()(status)
 app.command()(logs)
+app.command()(stop)
 
 
 def main() -> None:

@@ -25,12 +25,14 @@ def status(
         typer.Option(metavar="SECONDS", help="look again every so often, say what changed", min=0.1),
     ] = None,
 ) -> None:
-    """Say how far a run is: pretraining, trials by state, the commonest reasons of failure, what is tried again."""
+    """Say how far a run is: driver, pretraining, trials by state, commonest reasons of failure, what is tried again."""
+    from raybd import jobs
     from raybd.report import status as found
     from raybd.store import Store
 
     store = Store(run)
-    require_run(store)
+    if not store.names(jobs.FOLDER):  # a job's driver may be still to come
+        require_run(store)
     if watch is None:
         for line in found.lines(store):
             echo(line)

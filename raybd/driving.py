@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-from raybd import signals
+from raybd import jobs, signals
 from raybd.console import View
 from raybd.errors import LockedError
 from raybd.lock import only_driver
@@ -22,12 +20,13 @@ from raybd.study import Study
 def driving(study: Study, run_dir: str, view: View) -> Iterator[Store]:
     """Return the run directory of a study, held against other drivers for the length of a `with`.
 
-    Errors: LockedError where another driver holds it; typer.Exit where the block was interrupted.
+    Errors: LockedError where another driver holds it; ClusterError where it is not the one of this job; typer.Exit
+        where the block was interrupted.
     """
 
     def how_to_go_on() -> None:
         with contextlib.suppress(OSError):
-            view.line(f"\ninterrupted; what is done is kept. To go on:\n  {shlex.join(['raybd', *sys.argv[1:]])}")
+            view.line(f"\ninterrupted; what is done is kept. To go on:\n  {jobs.command()}")
 
     store = Store(run_dir, patience=study.resources.storage_patience)
     try:

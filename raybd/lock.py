@@ -11,19 +11,17 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import socket
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raybd import signals
+from raybd import jobs, signals, stop
 from raybd.errors import DataError, LockedError, StorageError
 from raybd.store import Store
 
@@ -31,47 +29,75 @@ NAME = "driver.lock"
 _RENEW_SECONDS, _STALE_SECONDS, _SETTLE_SECONDS = 20.0, 120.0, 2.0
 # Shorter than a run's: at its end nobody waits long for a lock to be given back.
 _LOCK_PATIENCE_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def only_driver(store: Store) -> AbstractContextManager[None]:
-    """Hold the lock of a run directory for the length of a `with`.
+@contextmanager
+def only_driver(store: Store) -> Iterator[None]:
+    """Hold the lock of a run directory for the length of a `with`, which a request to stop ends as a signal does.
 
     Errors: LockedError, at once, where another driver holds it, and names that one; LockedError out of the block where
-        another driver took a bucket over, because this one had been silent for two minutes.
+        another driver took a bucket over, because this one had been silent for two minutes; as of `jobs.driven`.
     """
-    return _local(store) if store.local else _renewed(store)
+    own = _self()
+    held = _local(store, own) if store.local else _renewed(store, own)
+    with held, jobs.driven(store), stop.obeyed(store, own["nonce"], own["job"]):
+        yield
 
 
-def _holder() -> dict[str, Any]:
+def holder(store: Store) -> dict[str, Any] | None:
+    """Return what the driver of a run directory says of itself, see `described`; None where there is none.
+
+    It is empty of one that is just starting.
+    """
+    if store.local and store.patiently("look at", NAME, lambda: _is_free(Path(store.path(NAME)))):
+        return None
+    found = _read(store)
+    if store.local and "renewed" not in found:
+        return found
+    silent = time.time() - found.get("renewed", 0.0) > _STALE_SECONDS
+    return None if not found or silent or _dead(found) else found
+
+
+def described(holder: dict[str, Any]) -> str:
+    """Return who drives a run directory, in words."""
+    if not holder:
+        return "one that is just starting"
+    job = f", as job {holder['job']}" if holder.get("job") else ""
+    return f"process {holder['pid']} on {holder['host']}{job}, since {holder['started']}: {holder['command']}"
+
+
+def _self() -> dict[str, Any]:
     """Return who this driver is."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["raybd", *sys.argv[1:]]),
+        "command": jobs.command(),
+        "job": jobs.own(),
+        "nonce": uuid.uuid4().hex,
     }
 
 
-def _locked(store: Store, holder: dict[str, Any], fix: str) -> LockedError:
-    if holder:
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}: {holder['command']}"
-    else:
-        who = "one that is just starting"
-    return LockedError(f"another driver works on this run directory: {who}", where=store.uri, fix=fix)
+def locked(store: Store, holder: dict[str, Any], fix: str) -> LockedError:
+    """Return the error of who finds a run directory held, which names the holder."""
+    return LockedError(f"another driver works on this run directory: {described(holder)}", where=store.uri, fix=fix)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
     """Return what a lock says of its holder; nothing where it is empty, or not whole."""
     try:
         found = json.loads(content)
+        if "renewed" in found:
+            found["renewed"] = float(found["renewed"])
         return {**found, "pid": int(found["pid"])} if {"host", "pid", "started", "command"} <= set(found) else {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return {}
 
 
 @contextmanager
-def _local(store: Store) -> Iterator[None]:
+def _local(store: Store, own: dict[str, Any]) -> Iterator[None]:
     """Hold a lock of the kernel's on a file, which is removed afterwards; so is a folder that stayed empty."""
     path, root = Path(store.path(NAME)), Path(store.root)
     new = not root.exists()
@@ -81,16 +107,16 @@ def _local(store: Store) -> Iterator[None]:
         holder = {}
         with contextlib.suppress(FileNotFoundError):
             holder = _parsed(path.read_bytes())
-        raise _locked(store, holder, fix="wait for it, stop it, or give another --run-dir") from None
+        raise locked(store, holder, fix="wait for it, stop it, or give another --run-dir") from None
     if file is None:
-        with _renewed(store):
+        with _renewed(store, own):
             yield
         return
     try:
         # What it says is for people: the lock is held without it too, on a full disk for instance.
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
-            os.write(file, json.dumps(_holder()).encode())
+            os.write(file, json.dumps(own).encode())
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -101,8 +127,26 @@ def _local(store: Store) -> Iterator[None]:
                 root.rmdir()
 
 
+def _is_free(path: Path) -> bool:
+    """Say whether the kernel knows of nobody who holds a lock's file; False where it keeps no locks."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (*_NO_LOCKS, errno.EWOULDBLOCK):
+            raise
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
 def _acquire(path: Path) -> int | None:
     """Return the locked file; None where the filesystem has no locks. Errors: BlockingIOError where it is taken."""
+    until = time.monotonic() + _LOOK_SECONDS
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -113,6 +157,12 @@ def _acquire(path: Path) -> int | None:
                 return file
         except FileNotFoundError:
             pass
+        except BlockingIOError:
+            # Who only looks whether a driver has it holds it for an instant.
+            if time.monotonic() > until:
+                os.close(file)
+                raise
+            time.sleep(_LOOK_SECONDS / 10)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(file)
@@ -126,16 +176,16 @@ def _acquire(path: Path) -> int | None:
 
 
 @contextmanager
-def _renewed(store: Store) -> Iterator[None]:
+def _renewed(store: Store, own: dict[str, Any]) -> Iterator[None]:
     """Hold an object that says who drives, and renew it all the while."""
     patient, store = store, Store(store.uri, patience=min(store.patience, _LOCK_PATIENCE_SECONDS))
-    own = {**_holder(), "nonce": uuid.uuid4().hex, "beat": 0}
+    own = {**own, "beat": 0}
     _wait_for_silence(patient)
     _beat(patient, own)
     # Of two that came at the same moment the one that wrote last has it.
     time.sleep(_SETTLE_SECONDS)
     if (found := _read(patient)).get("nonce") != own["nonce"]:
-        raise _locked(store, found, fix="wait for it, stop it, or give another --run-dir")
+        raise locked(store, found, fix="wait for it, stop it, or give another --run-dir")
     stop, taken = threading.Event(), threading.Event()
 
     def renew() -> None:
@@ -156,7 +206,7 @@ def _renewed(store: Store) -> Iterator[None]:
     except KeyboardInterrupt:
         if not taken.is_set():
             raise
-        raise _locked(store, _read(store), fix="leave it to that one: this one was silent for too long") from None
+        raise locked(store, _read(store), fix="leave it to that one: this one was silent for too long") from None
     finally:
         stop.set()
         thread.join(timeout=_LOCK_PATIENCE_SECONDS)
@@ -175,7 +225,7 @@ def _wait_for_silence(store: Store) -> None:
         time.sleep(2 * _RENEW_SECONDS)
         if _read(store) == found:
             return
-    raise _locked(
+    raise locked(
         store,
         found,
         fix=f"wait for it, stop it, or give another --run-dir; if it died, try again in {_STALE_SECONDS:.0f} seconds",
@@ -190,7 +240,7 @@ def _dead(holder: dict[str, Any]) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return False
 

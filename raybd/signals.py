@@ -89,6 +89,11 @@ def interrupt_main() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
+def end_main() -> None:
+    """End an interruptible block from another thread, as the notice of a spot machine does."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
 def _handle(number: int, _: FrameType | None) -> None:
     if number == signal.SIGINT and _State.from_within:
         _State.from_within = False

@@ -310,6 +310,15 @@ def anchored(study: Study) -> Study:
     return study.model_copy(update={"data": data, "model": model, "clean": clean})
 
 
+def local_paths(study: Study) -> dict[str, str]:
+    """Return what a study reads from disks, path by setting, of one whose paths are `anchored`."""
+    data, model, labels = study.data, study.model, study.clean.pseudo_labels
+    own = {"data.root": "" if embedded(data.root) else data.root, "data.classes": data.classes}
+    own |= {f"data.{name}": shards for name in ("train", "test") if isinstance(shards := getattr(data, name), str)}
+    own |= {"model.start": model.start or "", "clean.pseudo_labels.checkpoint": labels.checkpoint or ""}
+    return {name: path for name, path in own.items() if path.startswith("/")}
+
+
 def embedded(name: str) -> Path | None:
     """Return the folder of a data set that comes with raybd, None if there is none of that name."""
     folder = Path(str(resources.files("raybd") / "data" / name))

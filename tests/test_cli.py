@@ -29,7 +29,7 @@ runner = CliRunner()
 DRY_RUN = {"--dry-run", "--tflops", "--no-probe", "--cluster", "--price", "--format", "-f"}
 OPTIONS = {
     "demo": {"--run-dir"},
-    "run": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
+    "run": {"--set", "--run-dir", "--address", "--detach", "--allow-code-change", *DRY_RUN},
     "pretrain": {"--set", "--run-dir", "--address", "--allow-code-change", *DRY_RUN},
     "studies": {"--format", "-f"},
     "schema": set(),
@@ -56,6 +56,7 @@ OPTIONS = {
     "export": {"--out", "--force"},
     "status": {"--watch"},
     "logs": set(),
+    "stop": {"--wait"},
     "data import folder": {"--caption-template", "--test-share", "--seed"},
     "data import csv": {"--image-column", "--caption-column", "--label-column", "--root", "--test-share", "--seed"},
     "data import-sweep": {"--only", "--baseline"},

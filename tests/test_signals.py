@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from raybd.cli import app
 
 WAIT = "time.sleep(60)"
 COMMAND = """
@@ -86,14 +89,19 @@ def test_a_signal_while_a_text_is_executed_ends_a_command_no_other_way(tmp_path:
     assert process.returncode == 130, printed
 
 
-def test_a_command_that_does_not_go_down_is_ended_in_time(tmp_path: Path) -> None:
+def test_a_command_that_does_not_go_down_when_it_is_stopped_is_ended_in_time(tmp_path: Path) -> None:
     process = start(tmp_path / "run", down=600, grace=3)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    asked = CliRunner().invoke(app, ["stop", str(tmp_path / "run")])  # as SIGTERM does
     printed = process.communicate(timeout=120)[0].decode()
     assert time.monotonic() - began > 2.5
     assert process.returncode == 130
     assert "To go on:" in printed
+    assert "asked to stop by process" in printed
+    assert asked.exit_code == 0, asked.output
+    assert f"asked to stop: process {process.pid} on " in asked.output
+    assert f"stopped; what is done is kept. To go on:\n  raybd run demo --run-dir {tmp_path}/run" in asked.output
+    assert not (tmp_path / "run" / "stop.json").exists()
 
 
 def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:

@@ -161,8 +161,14 @@ def test_half_written_files_of_killed_writers_are_removed(tmp_path: Path) -> Non
 
 def test_every_place_that_a_run_writes_to_is_cleared(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    places = ["driver.lock", "preview.png", "report.html", "skipped.json", "study.json"]
-    places += ["errors/t.txt", "ledger/trials/t/started-001.json", "pretrained/p.safetensors", "progress/t.json"]
+    places = ["driver.lock", "preview.png", "report.html", "skipped.json", "stop.json", "study.json"]
+    places += [
+        "errors/t.txt",
+        "jobs/j.json",
+        "ledger/trials/t/started-001.json",
+        "pretrained/p.safetensors",
+        "progress/t.json",
+    ]
     places += ["state/t.safetensors", "tables/epochs/t.parquet", "weights/t/epoch-0001.safetensors"]
     for name in places:
         store.put(name, b"whole")
@@ -281,9 +287,9 @@ def other(**more: object) -> bytes:
 
 def test_a_bucket_is_held_by_an_object_that_is_renewed(tmp_path: Path, quick: None) -> None:
     store = Store(str(tmp_path))
-    with lock._renewed(store):
+    with lock._renewed(store, lock._self()):
         first = json.loads(store.get(lock.NAME))
-        with pytest.raises(LockedError, match=f"process {os.getpid()} on"), lock._renewed(store):
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on"), lock._renewed(store, lock._self()):
             raise AssertionError
         time.sleep(0.4)
         assert json.loads(store.get(lock.NAME))["beat"] > first["beat"] >= 0
@@ -291,7 +297,7 @@ def test_a_bucket_is_held_by_an_object_that_is_renewed(tmp_path: Path, quick: No
     store.put(lock.NAME, other())
     with (
         pytest.raises(LockedError, match="process 7 on elsewhere, since 2026-01-01: raybd run x"),
-        lock._renewed(store),
+        lock._renewed(store, lock._self()),
     ):
         raise AssertionError
 
@@ -301,7 +307,7 @@ def test_a_bucket_that_nobody_renews_is_taken_over(tmp_path: Path, quick: None, 
     """One that was silent for long, and one of this machine whose process is gone."""
     store = Store(str(tmp_path))
     store.put(lock.NAME, other(**left))
-    with lock._renewed(store):
+    with lock._renewed(store, lock._self()):
         assert json.loads(store.get(lock.NAME))["pid"] == os.getpid()
 
 
@@ -310,7 +316,7 @@ def test_a_silent_driver_that_beats_again_keeps_its_bucket(tmp_path: Path, quick
     store.put(lock.NAME, other(renewed=0.0))
     beat = threading.Timer(0.1, store.put, (lock.NAME, other(renewed=0.0, beat=2)))
     beat.start()
-    with pytest.raises(LockedError), lock._renewed(store):
+    with pytest.raises(LockedError), lock._renewed(store, lock._self()):
         raise AssertionError
     beat.join()
 
@@ -319,7 +325,7 @@ def test_a_driver_whose_bucket_was_taken_over_stops(tmp_path: Path, quick: None)
     store = Store(str(tmp_path))
 
     def drive() -> None:
-        with signals.interruptible(pytest.fail), lock._renewed(store):
+        with signals.interruptible(pytest.fail), lock._renewed(store, lock._self()):
             store.put(lock.NAME, other())
             time.sleep(10)
 
@@ -336,7 +342,7 @@ def test_of_two_that_came_at_once_the_last_has_the_bucket(
     monkeypatch.setattr(
         lock, "_beat", lambda store, own, beat=lock._beat: (beat(store, own), store.put(lock.NAME, other()))
     )
-    with pytest.raises(LockedError, match="on elsewhere"), lock._renewed(store):
+    with pytest.raises(LockedError, match="on elsewhere"), lock._renewed(store, lock._self()):
         raise AssertionError
 
 
@@ -361,6 +367,6 @@ def test_a_bucket_that_fails_while_it_is_taken_is_waited_for(
     monkeypatch.setattr(lock, "_beat", beat)
     monkeypatch.setattr(lock, "_LOCK_PATIENCE_SECONDS", 0.0)
     store = Store(str(tmp_path), patience=20)
-    with lock._renewed(store):
+    with lock._renewed(store, lock._self()):
         assert time.monotonic() >= fails_until > 0
         assert store.exists(lock.NAME)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from raybd import failures, tables
+from raybd import failures, jobs, lock, tables
 from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.store import Store
 
@@ -15,12 +15,23 @@ _SHOWN = 5  # reasons, and trials that are tried again
 
 
 def lines(store: Store) -> Iterator[str]:
-    """Yield what a person wants to know of a run: pretraining, trials by state, why some failed, where it stands.
+    """Yield what one wants to know of a run: driver, pretraining, trials by state, why some failed, where it stands.
 
     Errors: DataError where ledger or tables are not those of a run.
     """
+    yield from _driver(store)
     with reading(store.path("ledger")):
         yield from _lines(store)
+
+
+def _driver(store: Store) -> Iterator[str]:
+    """Yield who drives a run now; of one that nobody drives, what became of its last job, if there was one."""
+    job, holder = jobs.last(store), lock.holder(store)
+    if holder is not None:
+        yield f"driver: {lock.described(holder)}"
+    elif job:
+        state = f"ended {job.ended}" if job.ended else "its driver died" if job.began else "has no driver yet"
+        yield f"detached: job {job.id} of {job.address}, submitted {job.submitted} on {job.host}, {state}"
 
 
 def _lines(store: Store) -> Iterator[str]:

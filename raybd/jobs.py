@@ -1,0 +1,120 @@
+"""Detached runs: which job of Ray's was to drive a run directory, where, and how far it got: a record for each job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+
+from raybd import signals
+from raybd.errors import ClusterError, DataError, StorageError
+from raybd.store import Store
+
+FOLDER = "jobs"
+# What the driver of a job is told by its environment: the job's id, and the command that the user gave.
+JOB, COMMAND = "RAYBD_JOB", "RAYBD_COMMAND"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of Ray's that drives a run directory, or did.
+
+    Attributes:
+        id: what Ray's job API calls it.
+        address: of the cluster's job API, as the user gave it.
+        host: the machine that submitted it.
+        submitted: when, in ISO form.
+        began: when its driver held the run directory, "" as long as it has not.
+        ended: when its driver ended, and how; "" as long as it has not, and where it was killed.
+    """
+
+    id: str
+    address: str
+    host: str
+    submitted: str
+    began: str = ""
+    ended: str = ""
+
+
+def own() -> str:
+    """Return the id of the job that this process drives a run for; "" where it is none."""
+    return os.environ.get(JOB, "")
+
+
+def command() -> str:
+    """Return the command that goes on with what this process does, as the user gave it."""
+    return os.environ.get(COMMAND) or shlex.join(["raybd", *sys.argv[1:]])
+
+
+def submitted(store: Store, id: str, *, address: str) -> None:
+    """Record in a run directory that a job is to drive it."""
+    _put(store, Job(id, address, socket.gethostname(), _now()))
+
+
+def forget(store: Store, id: str) -> None:
+    """Remove the record of a job that no cluster took."""
+    store.delete(_name(id))
+
+
+@contextmanager
+def driven(store: Store) -> Iterator[None]:
+    """Record, where this is the driver of a job, that it has begun its work, which the block is, and how that ends.
+
+    Errors: ClusterError where this is another folder than the one which the job was submitted for.
+    """
+    if not (id := own()):
+        yield
+        return
+    found = read(store, id)
+    if found is None:
+        raise ClusterError(
+            f"not the run directory that {id} was submitted with: that is a folder of another machine",
+            where=store.uri,
+            fix="give --run-dir a bucket, or a folder that this machine and all of the cluster mount",
+        )
+    _put(store, begun := replace(found, began=_now(), ended=""))
+    how = "its work is done"
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or signals.received()
+        how = "it was stopped" if interrupted else str(error).partition("\n")[0] or type(error).__name__
+        raise
+    finally:
+        with contextlib.suppress(StorageError):
+            _put(store, replace(begun, ended=f"{_now()}: {how}"))
+
+
+def read(store: Store, id: str) -> Job | None:
+    """Return what is recorded of a job; None where nothing is that can be read."""
+    try:
+        found = json.loads(store.get(_name(id)))
+        return Job(**{field.name: str(found.get(field.name, "")) for field in fields(Job)})
+    except (DataError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def last(store: Store) -> Job | None:
+    """Return the job that was submitted last for a run directory; None where none was."""
+    ids = [name.rpartition("/")[2].removesuffix(".json") for name in store.names(FOLDER, suffix=".json")]
+    found = [job for id in ids if (job := read(store, id))]
+    return max(found, key=lambda job: job.submitted, default=None)
+
+
+def _put(store: Store, job: Job) -> None:
+    store.put(_name(job.id), json.dumps(asdict(job)).encode())
+
+
+def _name(id: str) -> str:
+    return f"{FOLDER}/{id}.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
