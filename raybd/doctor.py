@@ -21,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import raybd
+from raybd import provenance
 from raybd.study import Data, Resources
 
 # Those that a run does not start without, and that may be installed and still not load; torch first, others need it.
@@ -77,7 +78,7 @@ def examine() -> Iterator[Finding]:
         yield extras(required)
     devices = gpus(Path("/proc/driver/nvidia/version"))
     yield from devices
-    yield cores(_cores(), Path("/sys/fs/cgroup"))
+    yield cores(provenance.cores(), Path("/sys/fs/cgroup"))
     yield _memory(sum(finding.what != "gpus" for finding in devices))
     yield from disks()
     yield shared_memory(Path("/dev/shm"))
@@ -161,10 +162,6 @@ def _unloadable(module: str) -> str:
     return ""
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
 def gpus(driver: Path) -> list[Finding]:
     """Return the GPUs as torch sees them, a line each.
 
@@ -215,11 +212,11 @@ def _memory(gpus: int) -> Finding:
     found = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
     if found is None:
         return Finding("memory", State.UNKNOWN, "this system does not say in /proc/meminfo")
-    trials = _cores()
+    trials = provenance.cores()
     if not _unloadable("ray"):
         from raybd.cluster import session
 
-        trials = session.resolve(Resources(), cpus=_cores(), gpus=gpus).concurrent_trials
+        trials = session.resolve(Resources(), cpus=provenance.cores(), gpus=gpus).concurrent_trials
     return memory(*found, process=_own_memory(), trials=trials)
 
 

@@ -49,6 +49,11 @@ def code_version() -> str:
     return f"{raybd.__version__}+{found.hexdigest()[:8]}"
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def environment() -> dict[str, Any]:
     """Return versions of Python, the packages that matter and the platform, without importing any of them."""
     versions = {}
@@ -62,6 +67,6 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        "cores": cores(),
         "packages": versions,
     }

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raybd import failures, signals
+from raybd import failures, provenance, signals
 from raybd.errors import ClusterError
 from raybd.study import Resources
 
@@ -125,11 +125,10 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             # Never a bare init: the address file of some other cluster would hijack it.
             ray.init(
                 address="local",
-                num_cpus=cpus,
+                num_cpus=provenance.cores(),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
