@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raybd import cli_complete
 from raybd.cli_data import data_app
 from raybd.cli_doctor import doctor
 from raybd.cli_echo import Commands, echo, log_to_screen
@@ -74,7 +75,12 @@ app.command()(validate)
 app.command()(doctor)
 app.command()(export)
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="study file, or the name of one that comes along")]
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="study file, or the name of one that comes along", autocompletion=cli_complete.studies
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. data.root=/shards")
 ]
@@ -275,7 +281,14 @@ def poison(
 
 @app.command()
 def pareto(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="run directory; several are seeds of one study")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN…",
+            help="run directory; several are seeds of one study",
+            autocompletion=cli_complete.runs,
+        ),
+    ],
     format_: FormatOption = Format.TABLE,
     kind: Annotated[FrontKind, typer.Option(help="for tables: which epochs compete")] = FrontKind.ANY_EPOCH,
 ) -> None:
@@ -309,7 +322,12 @@ def pareto(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="run directory, or a file of weights")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="run directory, or a file of weights", autocompletion=cli_complete.runs
+        ),
+    ],
     data: Annotated[str | None, typer.Option(help="root of other shards  [default: the study's]")] = None,
     test: Annotated[str | None, typer.Option(help="their pattern  [default: test/*.tar*]")] = None,
     classes: Annotated[str | None, typer.Option(help="name or file  [default: classes.json of the root]")] = None,

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raybd import cli_complete
 from raybd.cli_echo import echo
 from raybd.errors import RaybdError
 
 if TYPE_CHECKING:
     from raybd.store import Store  # imports pyarrow
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run directory: a path or s3://…")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="run directory: a path or s3://…", autocompletion=cli_complete.runs),
+]
 
 
 def status(

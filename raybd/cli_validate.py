@@ -8,13 +8,24 @@ from typing import Annotated
 
 import typer
 
+from raybd import cli_complete
 from raybd.cli_echo import echo
 from raybd.errors import StudyError
 
 
 def validate(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="study, by file or name; or a cluster file of `ray up`")],
-    study: Annotated[str | None, typer.Option(help="with a cluster file: the study that it is for")] = None,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="study, by file or name; or a cluster file of `ray up`",
+            autocompletion=cli_complete.studies,
+        ),
+    ],
+    study: Annotated[
+        str | None,
+        typer.Option(help="with a cluster file: the study that it is for", autocompletion=cli_complete.studies),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting of the study")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from raybd import checkpoint, model, provenance, study_file, tables
+from raybd import checkpoint, cli_complete, model, provenance, study_file, tables
 from raybd.cli import app
 from raybd.console import View
 from raybd.errors import CheckpointError, DataError, RaybdError, StudyError
@@ -117,6 +118,50 @@ def test_help_loads_what_it_shows_and_no_more(arguments: list[str]) -> None:
     assert not loaded & {"yaml", "rich", "numpy", "pyarrow"}
     # typer itself has the arguments of a command read by pydantic.
     assert "pydantic" not in loaded or len(arguments) > 1
+
+
+def completions(words: str, *, shell: str = "bash") -> tuple[list[str], set[str]]:
+    """Return what a shell is offered at the end of a line, as its script asks for it, and the modules loaded for it."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_TYPER_COMPLETE_ARGS": words}
+    code = (
+        "import atexit, json, sys\n"
+        "sys.argv = ['raybd']\n"
+        "atexit.register(lambda: print(json.dumps([n for n in sys.modules if '.' not in n]), file=sys.stderr))\n"
+        "from raybd.cli import main\n"
+        "main()"
+    )
+    environment = {**os.environ, "_RAYBD_COMPLETE": f"complete_{shell}", **asked}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return done.stdout.split("\n"), set(json.loads(done.stderr))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_are_offered_commands_and_studies_and_load_nothing_heavy(shell: str) -> None:
+    commands, _ = completions("raybd pre", shell=shell)
+    assert ["pretrain" in line for line in commands if line] == [True]
+    studies, loaded = completions("raybd run small/", shell=shell)
+    assert sum("small/" in line for line in studies) == sum(name.startswith("small/") for name in study_file.shipped())
+    assert not loaded & {"torch", "ray", "optuna", "open_clip", "pyarrow", "numpy"}
+
+
+def test_tab_offers_runs_study_files_and_what_a_lone_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli_complete.runs("") == []
+    for name in ("runs/mine", "runs/more/deep", "runs/other"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("runs/mine", "runs/more/deep"):
+        (tmp_path / name / "study.json").touch()
+    (tmp_path / "cluster.yaml").touch()
+    (tmp_path / "deep.yaml").touch()
+    (tmp_path / "notes.txt").touch()
+    assert cli_complete.runs("") == ["runs/mine", "runs/more/", "runs/other/"]
+    assert cli_complete.runs("runs/mo") == ["runs/more/deep"]
+    assert cli_complete.files("") == ["cluster.yaml", "deep.yaml", "runs/"]
+    assert cli_complete.studies("de") == ["demo", "deep.yaml"]
+    assert cli_complete.studies(f"{tmp_path}/d") == [f"{tmp_path}/deep.yaml"]
+    assert cli_complete.runs("nowhere/x") == []
 
 
 def test_help_shows_the_sentence_of_every_command_whole() -> None:
