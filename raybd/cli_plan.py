@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from raybd import cli_complete
 from raybd.cli_echo import echo
 from raybd.errors import StudyError
 
@@ -24,9 +25,12 @@ DryOption = Annotated[bool, typer.Option("--dry-run", help="print the plan: tria
 TflopsOption = Annotated[
     float | None, typer.Option(help="with --dry-run: hours of a device that sustains so many TFLOP/s", min=1e-6)
 ]
-NoProbeOption = Annotated[bool, typer.Option("--no-probe", help="with --dry-run: do not time this machine's device")]
+NoProbeOption = Annotated[bool, typer.Option("--no-probe", help="with --dry-run: run no short trial on this machine")]
 ClusterOption = Annotated[
-    str | None, typer.Option(help="with --dry-run: hours and price on the machines of a cluster file")
+    str | None,
+    typer.Option(
+        help="with --dry-run: hours and price on the machines of a cluster file", autocompletion=cli_complete.files
+    ),
 ]
 PriceOption = Annotated[
     list[str] | None,
@@ -58,7 +62,7 @@ def print_plan(
     from raybd import planning
     from raybd.report import planned
 
-    speed = planning.speed(found, tflops=tflops, probe=probe)
+    speed = planning.speed(found, tflops=tflops, probe=probe, search=search)
     made = planning.make(found, speed=speed, search=search)
     plan = (planning.billed(made, found, cluster, priced) if cluster is not None else made).as_dict()
     if format_ is PlanFormat.JSON:

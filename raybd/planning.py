@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from raybd import costs, stopping
+from raybd import costs, provenance, stopping
 from raybd import space as search_space
 from raybd.cluster import bill, cluster_file
 from raybd.cluster.bill import Bill
@@ -22,7 +22,7 @@ from raybd.model import image_size
 from raybd.seeding import fork
 from raybd.space import Range, Value
 from raybd.study import CleanSettings, Sampler, Study, TrainSettings, mistakes
-from raybd.train.probe import Speed, measure
+from raybd.train.probe import Speed, Workload, kind, measure
 
 _PETA, _HOUR = 1e15, 3600.0
 _DRAWS = 50
@@ -56,6 +56,7 @@ class Part:
         evaluations: over all runs.
         training_pflops, evaluation_pflops: operations, 1e15.
         device_hours: None where no speed is known.
+        kinds: what steps the runs take, see `probe.kind`.
     """
 
     stage: str
@@ -69,6 +70,7 @@ class Part:
     training_pflops: float
     evaluation_pflops: float
     device_hours: float | None
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,36 @@ def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) 
     return replace(plan, bill=bill.make(machines, verdict.share, work))
 
 
-def speed(study: Study, *, tflops: float | None, probe: bool) -> Speed | None:
-    """Return the speed to count device-hours with: as given, or measured on the device that a study would take here.
+def speed(study: Study, *, tflops: float | None, probe: bool, search: bool) -> Speed | None:
+    """Return the speed to count device-hours with: as given, or of short trials on the device a study would take here.
 
     Args:
         tflops: what a device sustains, TFLOP/s; nothing is measured then.
         probe: measure.
+        search: with the trials, or pretraining alone.
+
+    Errors: StudyError, as `make`; RaybdError where no trial can be run.
     """
     if tflops is not None:
         return Speed(tflops * 1e12, tflops * 1e12, how=f"computed for {tflops:g} TFLOP/s sustained (--tflops)")
     if not probe:
         return None
-    use_gpu = torch.cuda.is_available() if study.resources.use_gpu == "auto" else study.resources.use_gpu
-    return measure(study.model.name, use_gpu=use_gpu and torch.cuda.is_available())
+    from raybd.cluster.session import resolve  # imports ray
+
+    found = sizes(study)
+    runs = [_pretraining_run(study, found, objective) for objective in study.pretrain.objectives]
+    runs += [_trial_run(study, settings) for settings in _trials(study)] if search else []
+    gpus, cores = torch.cuda.device_count(), provenance.cores()
+    share = resolve(study.resources, cpus=cores, gpus=gpus, may_grow=True)
+    work = Workload(
+        runs=[(settings, cost) for settings, _, cost in runs if settings.epochs],
+        images=found.images,
+        prompts=_prompts(study, found),
+        use_gpu=share.use_gpu and gpus > 0,
+        trial_threads=min(cores, share.cpus_per_trial),
+        worker_threads=min(cores, share.cpus_per_worker),
+    )
+    return measure(study, work)
 
 
 def sizes(study: Study) -> Sizes:
@@ -232,43 +251,53 @@ def _count(
     return min(total, most or total), True
 
 
-def _pretraining(study: Study, found: Sizes, objective: str, speed: Speed | None) -> Part:
+_Run = tuple[TrainSettings, int, float]  # a run's settings, the pairs of an epoch, and its operations
+
+
+def _pretraining_run(study: Study, found: Sizes, objective: str) -> _Run:
     settings = study.pretrain.settings(objective)
     asked = study.resources.num_workers
     workers = asked if isinstance(asked, int) else 1
-    training = costs.training_cost(study.model.name, settings, pairs=found.pairs, workers=workers)
-    return _part("pretrain", objective, [(settings, found.pairs, training)], study, found, speed)
+    return settings, found.pairs, costs.training_cost(study.model.name, settings, pairs=found.pairs, workers=workers)
+
+
+def _trial_run(study: Study, settings: CleanSettings) -> _Run:
+    pairs = settings.num_samples
+    return settings, pairs, costs.cleaning_cost(study.model.name, settings, pairs=pairs)
+
+
+def _pretraining(study: Study, found: Sizes, objective: str, speed: Speed | None) -> Part:
+    return _part("pretrain", objective, [_pretraining_run(study, found, objective)], study, found, speed)
 
 
 def _search(study: Study, found: Sizes, objective: str, trials: Sequence[CleanSettings], speed: Speed | None) -> Part:
     epochs = stopping.expected_epochs(study.search.stopping, [settings.epochs for settings in trials])
     halved = [s.model_copy(update={"epochs": done}) for s, done in zip(trials, epochs, strict=True)]
-    runs = [
-        (settings, settings.num_samples, costs.cleaning_cost(study.model.name, settings, pairs=settings.num_samples))
-        for settings in halved
-    ]
-    return _part("clean", objective, runs, study, found, speed)
+    return _part("clean", objective, [_trial_run(study, settings) for settings in halved], study, found, speed)
 
 
-def _part(
-    stage: str,
-    objective: str,
-    runs: Sequence[tuple[TrainSettings, int, float]],
-    study: Study,
-    found: Sizes,
-    speed: Speed | None,
-) -> Part:
-    """Add runs up: each its settings, the pairs of an epoch and its operations."""
-    looks = sum(costs.evaluations(settings) for settings, _, _ in runs)
+def _prompts(study: Study, found: Sizes) -> int:
+    return (found.classes or 0) * len(prompts.templates(study.evaluation.templates, field="evaluation.templates"))
+
+
+def _part(stage: str, objective: str, runs: Sequence[_Run], study: Study, found: Sizes, speed: Speed | None) -> Part:
+    """Add runs up."""
     one = costs.evaluation_cost(
         study.model.name,
         images=found.images,
         passes=1 + len(study.poison.attacks) + len(study.evaluation.controls),
-        prompts=(found.classes or 0) * len(prompts.templates(study.evaluation.templates, field="evaluation.templates")),
+        prompts=_prompts(study, found),
     )
-    training, evaluation = sum(cost for _, _, cost in runs), looks * one
+    looks = [costs.evaluations(settings) for settings, _, _ in runs]
     epochs = sum(settings.epochs for settings, _, _ in runs)
     longest = epochs if stage == "pretrain" or study.search.sampler is Sampler.GRID else len(runs) * _longest(study)
+    hours = None
+    if speed is not None:
+        rates = [speed.of(settings) for settings, _, _ in runs]
+        hours = sum(
+            (cost / training + look * one / forward) / _HOUR
+            for (_, _, cost), look, (training, forward) in zip(runs, looks, rates, strict=True)
+        )
     return Part(
         stage=stage,
         objective=objective,
@@ -277,10 +306,11 @@ def _part(
         epochs_at_most=longest,
         pairs=(min(pairs for _, pairs, _ in runs), max(pairs for _, pairs, _ in runs)),
         steps=sum(settings.epochs * steps(pairs, settings.batch_size) for settings, pairs, _ in runs),
-        evaluations=looks,
-        training_pflops=training / _PETA,
-        evaluation_pflops=evaluation / _PETA,
-        device_hours=(training / speed.training + evaluation / speed.forward) / _HOUR if speed else None,
+        evaluations=sum(looks),
+        training_pflops=sum(cost for _, _, cost in runs) / _PETA,
+        evaluation_pflops=sum(looks) * one / _PETA,
+        device_hours=hours,
+        kinds=tuple(sorted({kind(settings) for settings, _, _ in runs if settings.epochs})),
     )
 
 

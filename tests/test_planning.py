@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,15 +211,88 @@ def test_sizes_that_nobody_knows_are_asked_for(setting: str) -> None:
 # --- speed
 
 
-def test_speed_is_measured_given_or_left_open() -> None:
-    measured = probe.measure("resnet-tiny-32", use_gpu=False)
-    assert 1e8 < measured.training < 1e13
-    assert 1e8 < measured.forward < 1e13
-    assert measured.how.startswith("measured on cpu, 1 threads, batches of 64")
-    given = planning.speed(tiny(), tflops=2.5, probe=True)
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short trials that are shorter still."""
+    monkeypatch.setattr(probe, "_SECONDS_A_KIND", 0.2)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_short_trials_tell_the_speed_of_each_kind_of_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny(
+        "clean.method=deep_clustering",
+        "clean.deep_clustering.clusters=40",
+        "search.space={lr: {low: 1e-3, high: 1e-2}}",
+        "evaluation.controls=[{name: sig, frequency: 3}]",
+        "pretrain.objectives={mmcl: {loss_weights: {mmcl: 1, ssl: 0}}}",
+    )
+    threads = torch.get_num_threads()
+    speed = planning.speed(study, tflops=None, probe=True, search=True)
+    assert speed is not None
+    assert [timed.kind for timed in speed.kinds] == ["deep_clustering with views", "pretraining"]
+    assert not speed.failed
+    assert torch.get_num_threads() == threads
+    for timed in speed.kinds:
+        assert 2 <= timed.batch <= 64
+        assert timed.steps >= 1
+        # Both say the same: a step's operations at its rate are its seconds.
+        assert timed.step_seconds > 0
+        assert timed.image_seconds > 0
+        assert 1e7 < timed.training < 1e13
+        assert 1e7 < timed.forward < 1e13
+    plan = planning.make(study, speed=speed, search=True)
+    slower = replace(speed, kinds=(replace(speed.kinds[0], training=speed.kinds[0].training / 1e6), *speed.kinds[1:]))
+    longer = planning.make(study, speed=slower, search=True)
+    assert (longer.parts[1].device_hours or 0) > 1e3 * (plan.parts[1].device_hours or 1)
+    assert longer.parts[0].device_hours == plan.parts[0].device_hours, "its own kind's speed counts"
+    shown = planned.lines(plan.as_dict(), gpu_wanted=False)
+    assert any(line.startswith("  deep_clustering with views: ") for line in shown)
+    assert any("short trials on images at random" in line for line in shown)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_kinds_that_cannot_be_tried_or_come_too_late_are_taken_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny(
+        "search.space={method: {choices: [cleanclip, pseudo_labels]}}",
+        "search.num_trials=8",
+        "clean.pseudo_labels={model: resnet-tiny-32, checkpoint: /nowhere.safetensors}",
+    )
+    speed = planning.speed(study, tflops=None, probe=True, search=True)
+    assert speed is not None
+    assert ["/nowhere.safetensors" in reason for reason in speed.failed] == [True]
+    assert "pseudo_labels with views" not in [timed.kind for timed in speed.kinds]
+    monkeypatch.setattr(probe, "_SECONDS", 0.0)
+    alone = planning.speed(tiny(), tflops=None, probe=True, search=True)
+    assert alone is not None
+    assert len(alone.kinds) == 1
+    assert alone.kinds[0].kind.startswith("cleanclip"), "a trial comes first"
+    plan = planning.make(tiny(), speed=alone, search=True)
+    assert all((part.device_hours or 0) > 0 for part in plan.parts)
+    (line,) = (line for line in planned.lines(plan.as_dict(), gpu_wanted=False) if "not tried" in line)
+    assert "pretraining, pretraining with views" in line
+
+
+def test_a_batch_too_large_for_the_device_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def trial(*given: object) -> str:
+        asked.append(int(str(given[-1])))
+        if asked[-1] > 20:
+            raise torch.OutOfMemoryError
+        return "timed"
+
+    monkeypatch.setattr(probe, "_short_trial", trial)
+    work = probe.Workload([], images=1, prompts=1, use_gpu=False, trial_threads=1, worker_threads=1)
+    study = tiny()
+    assert probe._timed(study, study.clean.settings({}), work, torch.device("cpu"), 1.0) == "timed"
+    assert asked == [32, 16]
+
+
+def test_speed_is_given_or_left_open() -> None:
+    given = planning.speed(tiny(), tflops=2.5, probe=True, search=True)
     assert given is not None
     assert (given.training, given.forward) == (2.5e12, 2.5e12)
-    assert planning.speed(tiny(), tflops=None, probe=False) is None
+    assert planning.speed(tiny(), tflops=None, probe=False, search=True) is None
 
 
 # --- the command line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -63,7 +63,13 @@ def lines(plan: Mapping[str, Any], *, gpu_wanted: bool) -> list[str]:
         said.append("device-hours: not measured; give --tflops, or leave --no-probe out")
     else:
         rates = f"{_number(speed['training'] / 1e12)} TFLOP/s training, {_number(speed['forward'] / 1e12)} evaluating"
-        said.append(f"device-hours: {speed['how']}: {rates}; reading and augmenting data comes on top")
+        without = "reading data comes" if speed["kinds"] else "reading and augmenting data comes"
+        said.append(f"device-hours: {speed['how']}: {rates}; {without} on top")
+        said += _short_trials(speed, {name for part in plan["parts"] for name in part["kinds"]})
+        trials = [part for part in plan["parts"] if part["stage"] == "clean"]
+        if trials:
+            seconds = 3600 * sum(part["device_hours"] for part in trials) / sum(part["runs"] for part in trials)
+            said.append(f"  a trial: {_seconds(seconds)} on average")
         if gpu_wanted and speed["how"].startswith("measured on cpu"):
             said.append("  the study asks for GPUs and there is none here: say what one sustains with --tflops")
     said.append(
@@ -72,6 +78,33 @@ def lines(plan: Mapping[str, Any], *, gpu_wanted: bool) -> list[str]:
         f"{size(storage['state'])} for each run under way, {size(storage['cache'])} of decoded images in the cache"
     )
     return said + (_bill(plan["bill"]) if plan["bill"] else [])
+
+
+def _short_trials(speed: Mapping[str, Any], kinds: Iterable[str]) -> Iterator[str]:
+    """Yield what was timed.
+
+    Args:
+        kinds: of runs that there are.
+    """
+    for timed in speed["kinds"]:
+        yield (
+            f"  {timed['kind']}: {_seconds(timed['step_seconds'])} for a step of {timed['batch']} pairs "
+            f"({timed['steps']} timed), {_seconds(timed['image_seconds'])} for each image evaluated"
+        )
+    for reason in speed["failed"]:
+        yield f"  not measured: {reason}"
+    if speed["kinds"]:
+        left = sorted(set(kinds) - {timed["kind"] for timed in speed["kinds"]})
+        others = f"; not tried, taken for as fast by operations: {', '.join(left)}" if left else ""
+        yield f"  short trials on images at random, {speed['seconds']:.0f} s in all{others}"
+
+
+def _seconds(value: float) -> str:
+    """Return a time as a text in the unit that suits it."""
+    for least, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if value >= least:
+            return f"{_number(value / least)} {unit}"
+    return f"{_number(1000 * value)} ms"
 
 
 def _bill(bill: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,14 @@ from raybd.study import CleanSettings, Method, Study, TrainSettings, agreement
 log = logging.getLogger(__name__)
 
 
+def prepare(plan: PoisonPlan, settings: TrainSettings, clip: Clip, *, seed: int) -> Prepare:
+    """Return what happens to a run's pairs on their way to the model: the plan's poison, and the views it looks at."""
+    adversarial = isinstance(settings, CleanSettings) and settings.method is Method.ABD
+    image_view = None if adversarial else settings.image_view  # the method makes its own
+    views = (image_view, settings.text_view) if settings.loss_weights.views else None
+    return Prepare(plan=plan, tokenize=remembering(clip.tokenizer), views=views, seed=seed)
+
+
 class Inputs:
     """A study's inputs, each made when it is first asked for and then kept."""
 
@@ -143,21 +151,15 @@ class Inputs:
         found = (*self.train_index.skipped, *self.evaluation_set.images.index.skipped)
         return [{"shard": skip.shard, "key": skip.key, "reason": skip.reason} for skip in found]
 
-    def _prepare(self, plan: PoisonPlan, settings: TrainSettings, clip: Clip, seed: int) -> Prepare:
-        adversarial = isinstance(settings, CleanSettings) and settings.method is Method.ABD
-        image_view = None if adversarial else settings.image_view  # the method makes its own
-        views = (image_view, settings.text_view) if settings.loss_weights.views else None
-        return Prepare(plan=plan, tokenize=remembering(clip.tokenizer), views=views, seed=seed)
-
     def pretraining_pairs(self, settings: TrainSettings, clip: Clip, *, seed: int) -> Pairs:
         """Return all training pairs, poisoned as planned."""
-        prepare = self._prepare(self.plan, settings, clip, seed)
+        prepared = prepare(self.plan, settings, clip, seed=seed)
         if not self.streamed:
-            return CachedPairs(self._train_images, prepare)
+            return CachedPairs(self._train_images, prepared)
         data = self.study.data
         return StreamedPairs(
             self.train_index,
-            prepare,
+            prepared,
             size=self.image_size,
             workers=data.loader_workers,
             shuffle_buffer=data.shuffle_buffer,
@@ -193,7 +195,7 @@ class Inputs:
     def cleaning_pairs(self, settings: CleanSettings, clip: Clip, *, seed: int) -> Pairs:
         """Return the cleaning pairs of a trial: clean, but for what is leaked on purpose. Errors: DataError."""
         images, leaked = self._cleaning(settings)
-        return CachedPairs(images, self._prepare(leaked, settings, clip, seed))
+        return CachedPairs(images, prepare(leaked, settings, clip, seed=seed))
 
     def start_counts(self, pretrain_id: str) -> dict[str, Any]:
         """Return where the counts of a poisoned model are kept: all trials start with them, and one has to count."""

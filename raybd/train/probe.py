@@ -1,19 +1,65 @@
-"""How fast this machine's device is on a model: a few timed steps on random pixels."""
+"""How fast this machine's device is on a study: a short trial of each kind that it has, on images drawn at random.
+
+The trials are the real ones' code: training loop, method, augmented views, evaluation with triggers and prompts. What
+they take is told for an operation, so that it holds for other batch sizes and lengths; see `raybd.costs`.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
-from raybd.costs import towers
-from raybd.model import create
-from raybd.objectives import mmcl
-from raybd.study import Pretrain
-from raybd.train.loop import make_optimizer
+from raybd import costs
+from raybd.clean import registry
+from raybd.data.cache import Images
+from raybd.data.pairs import CachedPairs
+from raybd.data.shards import Index
+from raybd.errors import RaybdError
+from raybd.evaluate import EvaluationSet, Probe, Role
+from raybd.model import Clip, create
+from raybd.poison.plan import Attack, PoisonPlan
+from raybd.seeding import fork
+from raybd.study import CleanSettings, Method, Study, TrainSettings
+from raybd.train.context import Progress
+from raybd.train.inputs import prepare
+from raybd.train.loop import Training
 
-_STEPS, _SECONDS = 5, 20.0
+_SECONDS = 40.0  # for all kinds together; the one under way then still ends
+_SECONDS_A_KIND = 4.0
+_EPOCHS = 3  # the first warms up
+_SLOW = 1.5  # seconds of an epoch above which one is timed in place of two
+_SLOWEST = 5.0  # above which the first is timed too: a warm-up is little of it
+_MOST_PAIRS = 4096
+_FEW_OPERATIONS = 2e10  # a second, on a slow core
+_CAPTION = "a photo of a small brown {} on the green grass of a park"
+_CLASSES = ("dog", "cat")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a short trial of one kind took.
+
+    Attributes:
+        kind: see `kind`.
+        batch, step_seconds: pairs of an optimizer step, and what it took, its share of the epoch's other work in it.
+        steps: timed.
+        image_seconds: of an evaluation, for each image clean or with a trigger, with its share of the prompts.
+        training, forward: operations a second, of training and of evaluation.
+    """
+
+    kind: str
+    batch: int
+    step_seconds: float
+    steps: int
+    image_seconds: float
+    training: float
+    forward: float
 
 
 @dataclass(frozen=True)
@@ -21,64 +67,268 @@ class Speed:
     """What a device sustains, in operations a second, and how that is known.
 
     Attributes:
-        training: over optimizer steps.
-        forward: over forward passes of the image tower, as evaluations take them.
+        training, forward: of kinds that were not measured by themselves.
+        kinds: those that were.
+        failed: kinds that could not be measured, with the reason.
+        seconds: that measuring took.
     """
 
     training: float
     forward: float
     how: str
+    kinds: tuple[Timed, ...] = ()
+    failed: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def of(self, settings: TrainSettings) -> tuple[float, float]:
+        """Return operations a second of a run's training and evaluation."""
+        found = next((timed for timed in self.kinds if timed.kind == kind(settings)), None)
+        return (found.training, found.forward) if found else (self.training, self.forward)
 
 
-def measure(model: str, *, use_gpu: bool) -> Speed:
-    """Time training steps and forward passes of a model, weights and pixels at random. Errors: StudyError.
+@dataclass(frozen=True)
+class Workload:
+    """What is to be measured.
 
-    Reading, decoding and augmenting data are no part of it.
-
-    Args:
+    Attributes:
+        runs: settings of each, with its operations: of a kind that takes more, more depends.
+        images, prompts: of an evaluation; the short trial keeps their proportion.
         use_gpu: on the GPU rather than the CPU.
+        trial_threads, worker_threads: of torch, for a trial and for a pretraining worker.
     """
-    device = torch.device("cuda" if use_gpu else "cpu")
-    clip, cost = create(model, seed=0), towers(model)
-    net = clip.net.to(device, memory_format=torch.channels_last).train()
-    batch = 64 if use_gpu or clip.image_size <= 64 else 4
-    images = torch.randint(0, 256, (batch, 3, clip.image_size, clip.image_size), dtype=torch.uint8, device=device)
-    tokens = clip.tokenize(["a photo of a banana"] * batch).to(device)
-    optimizer = make_optimizer(net, Pretrain())
 
-    def step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_gpu):
-            image_rows, text_rows, logit_scale, *_ = net(clip.normalise(images), tokens)
-        optimizer.zero_grad(set_to_none=True)
-        mmcl(image_rows.float(), text_rows.float(), logit_scale.float()).backward()
-        optimizer.step()
+    runs: Sequence[tuple[TrainSettings, float]]
+    images: int
+    prompts: int
+    use_gpu: bool
+    trial_threads: int
+    worker_threads: int
 
-    def forward() -> None:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_gpu):
-            net.encode_image(clip.normalise(images))
 
-    training = _seconds(step, use_gpu=use_gpu)
-    net.eval()
-    looking = _seconds(forward, use_gpu=use_gpu)
-    what = torch.cuda.get_device_name(device) if use_gpu else f"cpu, {torch.get_num_threads()} threads"
+def kind(settings: TrainSettings) -> str:
+    """Return what a run's step is made of: its method, and whether it looks at augmented views."""
+    method = settings.method.value if isinstance(settings, CleanSettings) else "pretraining"
+    return method + (" with views" if settings.loss_weights.views else "")
+
+
+def measure(study: Study, work: Workload) -> Speed:
+    """Time a short trial of each kind of run, the kinds that the study spends most on first.
+
+    Bounded: once 40 s have gone, kinds that are left are taken for as fast, by operations, as those that were measured.
+    Reading and decoding data is no part of it.
+
+    Errors: RaybdError where not even one kind can be measured.
+    """
+    started = time.perf_counter()
+    device = torch.device("cuda" if work.use_gpu else "cpu")
+    found: list[Timed] = []
+    failed: list[RaybdError] = []
+    rate = 0.0
+    for settings in _representatives(work.runs):
+        if found and time.perf_counter() - started > _SECONDS:
+            break
+        threads = work.trial_threads if isinstance(settings, CleanSettings) else work.worker_threads
+        with _threads(threads):
+            rate = rate or _first_rate(study.model.name, device)
+            try:
+                found.append(_timed(study, settings, work, device, rate))
+            except RaybdError as error:
+                failed.append(error)
+    if not found:
+        raise failed[0]
+    name = torch.cuda.get_device_name(device) if work.use_gpu else f"cpu, {work.trial_threads} threads a trial"
     return Speed(
-        training=batch * cost.pair_training / training,
-        forward=batch * cost.image_forward / looking,
-        how=f"measured on {what}, batches of {batch}, {'bf16' if use_gpu else 'fp32'}",
+        training=_mean(timed.training for timed in found),
+        forward=_mean(timed.forward for timed in found),
+        how=f"measured on {name}",
+        kinds=tuple(found),
+        failed=tuple(str(error) for error in failed),
+        seconds=time.perf_counter() - started,
     )
 
 
-def _seconds(step: object, *, use_gpu: bool) -> float:
-    """Return the median time of a step, after one that is not counted; fewer steps where they are slow."""
-    assert callable(step)
-    step()
-    times: list[float] = []
-    while len(times) < _STEPS and sum(times) < _SECONDS:
-        if use_gpu:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        step()
-        if use_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+def _mean(rates: Iterable[float]) -> float:
+    """Return the rate of as many operations at each of some rates."""
+    given = list(rates)
+    return len(given) / sum(1 / rate for rate in given)
+
+
+def _representatives(runs: Sequence[tuple[TrainSettings, float]]) -> list[TrainSettings]:
+    """Return a run for each kind, of its median batch size: a trial first, then by what the kinds cost in all."""
+    kinds: dict[str, list[tuple[TrainSettings, float]]] = {}
+    for run in runs:
+        kinds.setdefault(kind(run[0]), []).append(run)
+    groups = sorted(kinds.values(), key=lambda group: -sum(cost for _, cost in group))
+    first = next((group for group in groups if isinstance(group[0][0], CleanSettings)), None)
+    groups.sort(key=lambda group: group is not first)  # the others stay in their order
+    return [sorted((s for s, _ in group), key=lambda s: s.batch_size)[len(group) // 2] for group in groups]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _first_rate(model: str, device: torch.device) -> float:
+    """Return about how many operations a second a model's forward and backward pass do: enough to choose sizes by."""
+    clip, cost = create(model, seed=0), costs.towers(model)
+    net = clip.net.to(device, memory_format=torch.channels_last).train()
+    batch = max(2, min(32, int(_FEW_OPERATIONS / cost.pair_training)))
+    images_BCHW = torch.zeros((batch, 3, clip.image_size, clip.image_size), device=device)
+    tokens_BL = clip.tokenize([_CAPTION.format("dog")] * batch).to(device)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        image_BD, text_BD, *_ = net(images_BCHW, tokens_BL)
+        (image_BD.sum() + text_BD.sum()).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] > _SLOW:
+            break
+    return batch * cost.pair_training / min(seconds)
+
+
+@dataclass
+class _Notes:
+    """A context that keeps the records of a run on one device in memory."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def report(
+        self, epoch: int, record: dict[str, Any], weights: Callable[[], bytes], state: Callable[[], bytes] | None = None
+    ) -> None:
+        self.records.append(record)
+
+    def last_epoch(self) -> int:
+        return -1
+
+    def load_state(self) -> bytes | None:
+        return None
+
+    def progress(self, progress: Progress) -> None:
+        pass
+
+
+def _timed(study: Study, settings: TrainSettings, work: Workload, device: torch.device, rate: float) -> Timed:
+    """Run a short trial: as large batches as the study's, where they are not too slow or too large for the device."""
+    batch = settings.batch_size
+    while True:
+        try:
+            return _short_trial(study, settings, work, device, rate, batch)
+        except torch.OutOfMemoryError:
+            if batch <= 2:
+                raise
+            batch //= 2
+            torch.cuda.empty_cache()
+
+
+def _short_trial(
+    study: Study, settings: TrainSettings, work: Workload, device: torch.device, rate: float, batch: int
+) -> Timed:
+    """Run a short trial in batches of `batch` pairs at most, as many as about a third of a kind's time allows."""
+    cost = costs.towers(study.model.name)
+    affordable = rate * _SECONDS_A_KIND / (2 * _EPOCHS)
+    batch = max(2, min(batch, int(affordable / _epoch_cost(study, settings, batch) * batch)))
+    pairs = batch * max(1, min(_MOST_PAIRS // batch, int(affordable / _epoch_cost(study, settings, batch))))
+    passes = 1 + len(study.poison.attacks) + len(study.evaluation.controls)
+    prompts_each = work.prompts / max(1, work.images)
+    image_cost = passes * cost.image_forward + prompts_each * cost.text_forward
+    images = max(4, min(work.images, _MOST_PAIRS, int(affordable / image_cost)))
+    prompts = len(_CLASSES) * max(1, round(prompts_each * images / len(_CLASSES)))
+    short = _shortened(settings, pairs)
+    clip = create(study.model.name, seed=0)
+    notes = _Notes(device)
+    evaluation_set = _evaluation_set(study, clip.image_size, images, prompts)
+    recipe = registry.recipe(short, seed=0) if isinstance(short, CleanSettings) else None
+    training = Training(
+        clip,
+        _pairs(study, short, clip, pairs),
+        short,
+        notes,
+        evaluation_set,
+        recipe=recipe,
+        halt=lambda epoch: _enough(notes.records, epoch),
+    )
+    training.run()
+    timed = notes.records[2:] or notes.records[1:]
+    train = sum(record["train_seconds"] for record in timed) / len(timed)
+    looks = sum(record["evaluate_seconds"] for record in timed) / len(timed)
+    looked_at = images + sum(int(probe.triggered_N.sum()) for probe in evaluation_set.probes)
+    return Timed(
+        kind=kind(settings),
+        batch=batch,
+        step_seconds=train * batch / pairs,
+        steps=len(timed) * pairs // batch,
+        image_seconds=looks / looked_at,
+        training=_epoch_cost(study, short, pairs) / train,
+        forward=(looked_at * cost.image_forward + prompts * cost.text_forward) / looks,
+    )
+
+
+def _enough(records: Sequence[dict[str, Any]], epoch: int) -> bool:
+    """Say whether the epochs up to this one are enough; the one after the last is never begun."""
+    took = records[-1]["train_seconds"]
+    return epoch >= _EPOCHS or (epoch == 2 and took > _SLOW) or (epoch == 1 and took > _SLOWEST)
+
+
+def _epoch_cost(study: Study, settings: TrainSettings, pairs: int) -> float:
+    """Return the operations of one epoch on so many pairs, without what a run does once."""
+
+    def cost(epochs: int) -> float:
+        given = settings.model_copy(update={"epochs": epochs})
+        if isinstance(given, CleanSettings):
+            return costs.cleaning_cost(study.model.name, given, pairs=pairs)
+        return costs.training_cost(study.model.name, given, pairs=pairs)
+
+    return cost(2) - cost(1)
+
+
+def _shortened(settings: TrainSettings, pairs: int) -> TrainSettings:
+    """Return settings for a run on a few pairs that learns next to nothing: speed does not depend on what is learnt."""
+    changes: dict[str, Any] = {"epochs": _EPOCHS + 1, "lr": 1e-9, "warmup_steps": 0}
+    if isinstance(settings, CleanSettings):
+        changes["num_samples"] = pairs
+        if settings.method is Method.DEEP_CLUSTERING:
+            clusters = max(2, min(settings.deep_clustering.clusters, pairs // 2))
+            changes["deep_clustering"] = settings.deep_clustering.model_copy(update={"clusters": clusters})
+    return settings.model_copy(update=changes)
+
+
+def _images(size: int, count: int) -> Images:
+    """Return images at random, labelled in turn."""
+    keys = np.array([f"probe-{i:06d}" for i in range(count)])
+    labels = np.arange(count) % len(_CLASSES)
+    captions = np.array([_CAPTION.format(_CLASSES[label]) for label in labels], dtype=object)
+    index = Index(("probe",), keys, captions, labels, np.zeros(count, dtype=np.int64), np.arange(count))
+    pixels_MCHW = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+    return Images(index, pixels_MCHW, np.arange(count))
+
+
+def _pairs(study: Study, settings: TrainSettings, clip: Clip, count: int) -> CachedPairs:
+    return CachedPairs(_images(clip.image_size, count), prepare(PoisonPlan({}, ()), settings, clip, seed=study.seed))
+
+
+def _evaluation_set(study: Study, size: int, count: int, prompts: int) -> EvaluationSet:
+    """Return images with as many triggers as the study tries, and so many prompts."""
+    images = _images(size, count)
+    labels_N = images.index.labels
+    tried = [*(attack.trigger for attack in study.poison.attacks), *study.evaluation.controls]
+    triggered_N = labels_N >= 0 if study.evaluation.include_target else labels_N != 0
+    probes = tuple(
+        Probe(Role.PLANTED, Attack(trigger, _CLASSES[0], fork(study.seed, "probe", number)), 0, triggered_N)
+        for number, trigger in enumerate(tried)
+    )
+    each = prompts // len(_CLASSES)
+    texts = tuple(f"a photo of {number} {name}s." for name in _CLASSES for number in range(each))
+    return EvaluationSet(
+        images, labels_N == 0, probes, study.seed, texts, len(_CLASSES), batch_size=study.evaluation.batch_size
+    )
