@@ -23,6 +23,7 @@ from raybd.model import Clip, create, load_weights
 from raybd.records import epoch_rows, trial_row
 from raybd.store import Store
 from raybd.study import FIXED_WEIGHTS, CleanSettings, Method, Study, searchable
+from raybd.study.methods import users
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
 from raybd.train.loop import Training
@@ -164,6 +165,13 @@ def rows_of(entry: Entry) -> list[dict[str, Any]]:
 
 def test_every_method_is_registered() -> None:
     assert set(registry.METHODS) == set(Method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_heeds_micro_batches_where_its_settings_say_so(method: Method) -> None:
+    recipe = registry.recipe(CleanSettings(method=method), seed=0)
+    assert recipe.in_parts == (method in users("micro_batch_size"))
+    assert recipe.optimizes == (method in users("lr"))
 
 
 @pytest.mark.parametrize("method", METHODS)

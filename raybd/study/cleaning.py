@@ -9,22 +9,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from pydantic.fields import FieldInfo
 
 from raybd.study.base import Fraction, PositiveFloat, Section
-from raybd.study.methods import (
-    FIXED_WEIGHTS,
-    Abd,
-    DeepClustering,
-    FtSam,
-    Interpolation,
-    Method,
-    Par,
-    PseudoLabels,
-    ShrinkPerturb,
-)
-from raybd.study.training import LossWeights, TrainSettings
+from raybd.study.methods import FIXED_WEIGHTS, Method, MethodSettings
+from raybd.study.training import LossWeights
 from raybd.terms import TERMS
 
 
-class CleanSettings(TrainSettings):
+class CleanSettings(MethodSettings):
     """The settings of one cleaning trial: each may be searched."""
 
     method: Method = Field(Method.CLEANCLIP, description="how the poisoned model is cleaned")
@@ -36,13 +26,6 @@ class CleanSettings(TrainSettings):
     lr: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 50
     loss_weights: LossWeights = LossWeights(mmcl=1, ssl=1)
-    shrink_perturb: ShrinkPerturb = ShrinkPerturb()
-    deep_clustering: DeepClustering = DeepClustering()
-    pseudo_labels: PseudoLabels = PseudoLabels()
-    par: Par = Par()
-    ft_sam: FtSam = FtSam()
-    abd: Abd = Abd()
-    interpolation: Interpolation = Interpolation()
 
     @field_validator("loss_weights", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 
 from raybd.study.base import NonNegativeFloat, PositiveFloat, Section
+from raybd.study.training import TrainSettings
 
 
 class Method(StrEnum):
@@ -36,31 +37,17 @@ FIXED_WEIGHTS: dict[Method, dict[str, float]] = {
     # Nothing is learnt: the loss is recorded only, and without augmented views it costs less.
     Method.BATCHNORM_REFRESH: {"mmcl": 1.0, "ssl": 0.0},
 }
-_OWN_SECTIONS = frozenset(
+# What a method that takes no step has no use for. Its number of epochs is that of its records.
+OF_STEPS = frozenset({"lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "eps"})
+# Those whose steps are not plain training's on the weighted losses alone: their recipes say `in_parts = False`.
+_OWN_STEPS = frozenset(
     {
-        Method.SHRINK_PERTURB,
         Method.DEEP_CLUSTERING,
         Method.PSEUDO_LABELS,
         Method.PAR,
         Method.FT_SAM,
         Method.ABD,
-        Method.INTERPOLATION,
-    }
-)
-
-
-# What a method that takes no step has no use for. Its number of epochs is that of its records.
-OF_STEPS = frozenset({"lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "eps"})
-# Those whose steps are plain training's, on the weighted losses alone.
-_PLAIN_STEPS = frozenset(
-    {
-        Method.CLEANCLIP,
-        Method.MMCL,
-        Method.SSL,
-        Method.SHRINK_PERTURB,
-        Method.INTERPOLATION,
-        Method.FROZEN_BATCHNORM,
-        Method.IMAGE_TOWER,
+        Method.BATCHNORM_REFRESH,
     }
 )
 _WITHOUT_VIEWS = frozenset(method for method, weights in FIXED_WEIGHTS.items() if not weights["ssl"])
@@ -79,12 +66,12 @@ def users(setting: str) -> frozenset[Method]:
     if section in OF_STEPS:
         return frozenset(Method) - {Method.BATCHNORM_REFRESH}
     if section == "micro_batch_size":
-        return _PLAIN_STEPS
+        return frozenset(Method) - _OWN_STEPS
     if section == "text_view":
         return frozenset(Method) - _WITHOUT_VIEWS
     if section == "image_view":
         return frozenset(Method) - _WITHOUT_VIEWS - {Method.ABD}  # it makes the images' views itself
-    return frozenset({Method(section)}) if section in _OWN_SECTIONS else frozenset(Method)
+    return frozenset({Method(section)}) if section in MethodSettings.__annotations__ else frozenset(Method)
 
 
 class ShrinkPerturb(Section):
@@ -138,3 +125,15 @@ class Interpolation(Section):
     alphas: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] = Field(
         (0.25, 0.5, 0.75, 1.25), min_length=1, description="0 is the poisoned model, 1 the finetuned one"
     )
+
+
+class MethodSettings(TrainSettings):
+    """Training, and the settings that only one cleaning method has: each section is named after its method."""
+
+    shrink_perturb: ShrinkPerturb = ShrinkPerturb()
+    deep_clustering: DeepClustering = DeepClustering()
+    pseudo_labels: PseudoLabels = PseudoLabels()
+    par: Par = Par()
+    ft_sam: FtSam = FtSam()
+    abd: Abd = Abd()
+    interpolation: Interpolation = Interpolation()
