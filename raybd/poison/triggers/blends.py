@@ -22,8 +22,12 @@ _KEPT = 8
 _LOW, _HIGH = 0.4, 0.8  # levels of the two halves of a triangle's square
 
 
-def _blend(image_CHW: Tensor, pattern: Tensor, alpha: float) -> Tensor:
-    """Return the blend as uint8; `pattern` in units of [0, 1], of a shape that broadcasts to the image's."""
+def blend(image_CHW: Tensor, pattern: Tensor, alpha: float) -> Tensor:
+    """Return the blend of an image and a pattern as uint8.
+
+    Args:
+        pattern: in units of [0, 1], of a shape that broadcasts to the image's.
+    """
     mixed_CHW = (1 - alpha) * image_CHW.float() + (255 * alpha) * pattern
     return mixed_CHW.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -35,9 +39,9 @@ def blended(image_CHW: Tensor, trigger: Blended, *, seed: int, pattern_seed: int
     """
     _, height, width = image_CHW.shape
     if trigger.noise is Noise.FIXED:
-        return _blend(image_CHW, _fixed_noise(pattern_seed, height, width), trigger.alpha)
+        return blend(image_CHW, _fixed_noise(pattern_seed, height, width), trigger.alpha)
     generator = torch.Generator().manual_seed(fork(seed, "blended", "noise"))
-    return _blend(image_CHW, torch.rand((3, height, width), generator=generator), trigger.alpha)
+    return blend(image_CHW, torch.rand((3, height, width), generator=generator), trigger.alpha)
 
 
 @lru_cache(maxsize=_KEPT)
@@ -52,7 +56,7 @@ def sig(image_CHW: Tensor, trigger: Sig) -> Tensor:
     Source: arXiv 1902.11237; vsahil/attack-cleanclip@3d4bd74 backdoor/utils.py.
     """
     wave_W = _wave(trigger.amplitude, trigger.frequency, image_CHW.shape[-1])
-    return _blend(image_CHW, wave_W, trigger.alpha)
+    return blend(image_CHW, wave_W, trigger.alpha)
 
 
 @lru_cache(maxsize=_KEPT)
@@ -70,7 +74,7 @@ def stripes(image_CHW: Tensor, trigger: BlendedStripes, *, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(fork(seed, "blended_stripes"))
     count = -(-width // trigger.width)
     colours = 2.0 * torch.randint(0, 2, (3, 1, count), generator=generator) - 1
-    return _blend(image_CHW, colours.repeat_interleave(trigger.width, dim=-1)[..., :width], trigger.alpha)
+    return blend(image_CHW, colours.repeat_interleave(trigger.width, dim=-1)[..., :width], trigger.alpha)
 
 
 def triangles(image_CHW: Tensor, trigger: BlendedTriangles) -> Tensor:
@@ -80,7 +84,7 @@ def triangles(image_CHW: Tensor, trigger: BlendedTriangles) -> Tensor:
     right and lower edge; there, the image is left as it was in their place.
     """
     _, height, width = image_CHW.shape
-    return _blend(image_CHW, _triangles(trigger.size, height, width), trigger.alpha)
+    return blend(image_CHW, _triangles(trigger.size, height, width), trigger.alpha)
 
 
 @lru_cache(maxsize=_KEPT)
@@ -97,7 +101,7 @@ def text(image_CHW: Tensor, trigger: BlendedText) -> Tensor:
     """
     mask_HW = _letters(trigger.text, trigger.size, *image_CHW.shape[1:])
     red_C11 = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
-    return torch.where(mask_HW, _blend(image_CHW, red_C11, trigger.alpha), image_CHW)
+    return torch.where(mask_HW, blend(image_CHW, red_C11, trigger.alpha), image_CHW)
 
 
 def text_size(trigger: BlendedText) -> tuple[int, int]:
