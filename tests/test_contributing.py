@@ -17,7 +17,7 @@ STEP = re.compile(
     r"(?:In `(?P<old>[^`]+)`, above `(?P<anchor>[^`]+)`|New file `(?P<new>[^`]+)`):\n\n```python\n(?P<code>.*?)```",
     re.S,
 )
-BLOCKS = 10
+BLOCKS = 9
 
 
 def carry_out(page: str, root: Path) -> int:
