@@ -184,6 +184,8 @@ def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) 
 def speed(study: Study, *, tflops: float | None, probe: bool, search: bool) -> Speed | None:
     """Return the speed to count device-hours with: as given, or of short trials on the device a study would take here.
 
+    None where neither is wanted, or the study trains nothing.
+
     Args:
         tflops: what a device sustains, TFLOP/s; nothing is measured then.
         probe: measure.
@@ -200,10 +202,13 @@ def speed(study: Study, *, tflops: float | None, probe: bool, search: bool) -> S
     found = sizes(study)
     runs = [_pretraining_run(study, found, objective) for objective in study.pretrain.objectives]
     runs += [_trial_run(study, settings) for settings in _trials(study)] if search else []
+    runs = [run for run in runs if run[0].epochs]
+    if not runs:
+        return None
     gpus, cores = torch.cuda.device_count(), provenance.cores()
     share = resolve(study.resources, cpus=cores, gpus=gpus, may_grow=True)
     work = Workload(
-        runs=[(settings, cost) for settings, _, cost in runs if settings.epochs],
+        runs=[(settings, cost) for settings, _, cost in runs],
         images=found.images,
         prompts=_prompts(study, found),
         use_gpu=share.use_gpu and gpus > 0,

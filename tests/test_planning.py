@@ -293,6 +293,8 @@ def test_speed_is_given_or_left_open() -> None:
     assert given is not None
     assert (given.training, given.forward) == (2.5e12, 2.5e12)
     assert planning.speed(tiny(), tflops=None, probe=False, search=True) is None
+    cleaned = tiny("pretrain={epochs: 0, objectives: {suspect: {}}}", "model.start=suspect.pt")
+    assert planning.speed(cleaned, tflops=None, probe=True, search=False) is None, "nothing is trained"
 
 
 # --- the command line
