@@ -34,7 +34,6 @@ _SECONDS = 40.0  # for all kinds together; the one under way then still ends
 _SECONDS_A_KIND = 4.0
 _EPOCHS = 3  # the first warms up
 _SLOW = 1.5  # seconds of an epoch above which one is timed in place of two
-_SLOWEST = 5.0  # above which the first is timed too: a warm-up is little of it
 _MOST_PAIRS = 4096
 _FEW_OPERATIONS = 2e10  # a second, on a slow core
 _CAPTION = "a photo of a small brown {} on the green grass of a park"
@@ -245,6 +244,8 @@ def _short_trial(
     images = max(4, min(work.images, _MOST_PAIRS, int(affordable / image_cost)))
     prompts = len(_CLASSES) * max(1, round(prompts_each * images / len(_CLASSES)))
     short = _shortened(settings, pairs)
+    # What warms up takes seconds whatever the model: little of an epoch that takes long by its operations alone.
+    long = _epoch_cost(study, short, pairs) / rate > _SLOW
     clip = create(study.model.name, seed=0)
     notes = _Notes(device)
     evaluation_set = _evaluation_set(study, clip.image_size, images, prompts)
@@ -256,7 +257,7 @@ def _short_trial(
         notes,
         evaluation_set,
         recipe=recipe,
-        halt=lambda epoch: _enough(notes.records, epoch),
+        halt=lambda epoch: _enough(notes.records, epoch, warm=long),
     )
     training.run()
     timed = notes.records[2:] or notes.records[1:]
@@ -274,10 +275,13 @@ def _short_trial(
     )
 
 
-def _enough(records: Sequence[dict[str, Any]], epoch: int) -> bool:
-    """Say whether the epochs up to this one are enough; the one after the last is never begun."""
-    took = records[-1]["train_seconds"]
-    return epoch >= _EPOCHS or (epoch == 2 and took > _SLOW) or (epoch == 1 and took > _SLOWEST)
+def _enough(records: Sequence[dict[str, Any]], epoch: int, *, warm: bool) -> bool:
+    """Say whether the epochs up to this one are enough; the one after the last is never begun.
+
+    Args:
+        warm: the first one counts.
+    """
+    return epoch >= _EPOCHS or (epoch == 1 and warm) or (epoch == 2 and records[-1]["train_seconds"] > _SLOW)
 
 
 def _epoch_cost(study: Study, settings: TrainSettings, pairs: int) -> float:
