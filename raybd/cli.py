@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raybd import cli_complete
+from raybd.cli_dashboard import dashboard
 from raybd.cli_data import data_app
 from raybd.cli_doctor import doctor
 from raybd.cli_echo import Commands, echo, log_to_screen
@@ -383,6 +384,7 @@ def report(run: RunArgument) -> None:
 
 
 app.command()(status)
+app.command()(dashboard)
 app.command()(logs)
 app.command()(stop)
 

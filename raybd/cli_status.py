@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import sys
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +31,7 @@ def status(
         typer.Option(metavar="SECONDS", help="look again every so often, say what changed", min=0.1),
     ] = None,
 ) -> None:
-    """Say how far a run is: driver, pretraining, trials by state, commonest reasons of failure, what is tried again."""
+    """Say how far a run is: driver, pretraining, trials by state, why some failed, device-hours, best points."""
     from raybd import jobs
     from raybd.report import status as found
     from raybd.store import Store
@@ -37,14 +39,19 @@ def status(
     store = Store(run)
     if not store.names(jobs.FOLDER):  # a job's driver may be still to come
         require_run(store)
+
+    def look() -> list[str]:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+        return list(found.lines(store, width=width, unicode=(sys.stdout.encoding or "").lower().startswith("utf")))
+
     if watch is None:
-        for line in found.lines(store):
+        for line in look():
             echo(line)
         return
     before: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):  # nothing is broken off but looking
         while True:
-            if (lines := list(found.lines(store))) != before:
+            if (lines := look()) != before:
                 for line in (datetime.now().astimezone().isoformat(" ", timespec="seconds"), *lines):
                     echo(line)
             before = lines

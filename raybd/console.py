@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: a plain line for each epoch and trial, and in a terminal a live line below."""
+"""What a person sees while a study runs: plain lines, and in a terminal a live view of what is under way below them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
 from rich.status import Status
 from rich.text import Text
 
+from raybd.assignment import seconds_before
 from raybd.cli_echo import log_to_screen
 from raybd.errors import DataError
-from raybd.ledger import Entry, Kind, Ledger
+from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.plain import plain
 from raybd.records import pretrain_rows, trial_row
+from raybd.report import progress
+from raybd.report.progress import Progress, SearchState
+from raybd.report.words import span
 from raybd.store import Store
 
 _POLL_SECONDS = 0.5
-
-
-def _span(seconds: float) -> str:
-    """Return a time as `1 h 05 min`, `3 min 20 s` or `12 s`."""
-    whole = max(0, round(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+_LOOK_SECONDS = 1.0  # the live view of a search changes no more often
 
 
 class View:
@@ -42,7 +40,8 @@ class View:
         self._status: Status | None = None
         self._started = time.monotonic()
         if sys.stderr.isatty():
-            screen = Console(stderr=True, emoji=False)
+            # Where both are the same screen, warnings must not run into the live view.
+            screen = self.console if sys.stdout.isatty() else Console(stderr=True, emoji=False)
             log_to_screen(RichHandler(console=screen, show_time=False, show_path=False), form="%(message)s")
         else:
             log_to_screen()
@@ -53,7 +52,7 @@ class View:
 
     def stage(self, name: str) -> None:
         """Begin a stage."""
-        self.line(f"[{_span(time.monotonic() - self._started)}] {name}", style="bold")
+        self.line(f"[{span(time.monotonic() - self._started)}] {name}", style="bold")
 
     def warn(self, text: str) -> None:
         """Print a warning that concerns the result."""
@@ -71,14 +70,34 @@ class View:
             finally:
                 self._status = None
 
+    @contextmanager
+    def shown(self, draw: Callable[[int, int], list[str]]) -> Iterator[None]:
+        """Show a live view while the block runs; nothing without a terminal.
+
+        Args:
+            draw: returns its lines, for a screen of so many columns and rows. Called at most once a second.
+        """
+        if not self.console.is_interactive:
+            yield
+            return
+        picture = _Picture(self.console, draw)
+        with Live(console=self.console, get_renderable=picture, refresh_per_second=1 / _LOOK_SECONDS, transient=True):
+            yield
+
     def update(self, text: str) -> None:
         """Change the live line."""
         if self._status is not None:
             self._status.update(Text(plain(text)))
 
     @contextmanager
-    def follow_pretraining(self, store: Store, pretrain_ids: Mapping[str, str]) -> Iterator[None]:
-        """Print each epoch of pretraining runs, by objective, as the ledger gets it, while the block runs."""
+    def follow_pretraining(
+        self, store: Store, pretrain_ids: Mapping[str, str], notify: Callable[[Entry], None]
+    ) -> Iterator[None]:
+        """Print each epoch of pretraining runs, by objective, as the ledger gets it, while the block runs.
+
+        Args:
+            notify: called with the entry of a run that has new epochs.
+        """
         stop = threading.Event()
         seen = {pretrain_id: Ledger(store).epochs(Kind.PRETRAIN, pretrain_id) for pretrain_id in pretrain_ids.values()}
 
@@ -86,7 +105,7 @@ class View:
             while True:
                 last = stop.wait(_POLL_SECONDS if store.local else 15.0)
                 for objective, pretrain_id in pretrain_ids.items():
-                    self._new_epochs(store, pretrain_id, objective, seen[pretrain_id])
+                    self._new_epochs(store, pretrain_id, objective, seen[pretrain_id], notify)
                     self._live_progress(store, pretrain_id, objective)
                 if last:
                     return
@@ -100,7 +119,9 @@ class View:
                 stop.set()
                 thread.join()
 
-    def _new_epochs(self, store: Store, pretrain_id: str, objective: str, seen: set[int]) -> None:
+    def _new_epochs(
+        self, store: Store, pretrain_id: str, objective: str, seen: set[int], notify: Callable[[Entry], None]
+    ) -> None:
         try:
             new = Ledger(store).epochs(Kind.PRETRAIN, pretrain_id) - seen
             if not new:
@@ -108,6 +129,7 @@ class View:
             entry = Ledger(store).entry(Kind.PRETRAIN, pretrain_id)
         except (DataError, OSError):
             return
+        notify(entry)
         epochs = entry.started["settings"]["epochs"]
         for row in pretrain_rows(entry):
             if row["epoch"] not in new:
@@ -116,7 +138,7 @@ class View:
             speed = f"  {row['samples_per_second']:.0f} img/s" if row["samples_per_second"] else ""
             left = (epochs - row["epoch"]) * (row["train_seconds"] + row["evaluate_seconds"]) if row["epoch"] else None
             loss = f"  loss {row['loss']:.3f}" if row["loss"] is not None else ""
-            ahead = f"  {_span(left)} left" if left else ""
+            ahead = f"  {span(left)} left" if left else ""
             self.line(
                 f"  {objective} epoch {row['epoch']}/{epochs}{loss}  accuracy {row['zeroshot_top1']:6.2%}"
                 f"  ASR {row['asr_top1']:7.2%}{speed}{ahead}"
@@ -130,55 +152,96 @@ class View:
             return
         self.update(
             f"{objective}: epoch {found['epoch']}/{found['epochs']}, step {found['step']}/{found['steps']}, "
-            f"{found['samples_per_second']:.0f} img/s, {_span(found['seconds_left'])} left"
+            f"{found['samples_per_second']:.0f} img/s, {span(found['seconds_left'])} left"
         )
+
+
+class _Picture:
+    """The live view as rich asks for it: with each line above it, and once a second."""
+
+    def __init__(self, console: Console, draw: Callable[[int, int], list[str]]) -> None:
+        self._console, self._draw = console, draw
+        self._drawn, self._size, self._text = -_LOOK_SECONDS, (0, 0), Text()
+
+    def __call__(self) -> Text:
+        now, (width, height) = time.monotonic(), self._console.size
+        if now - self._drawn >= _LOOK_SECONDS or (width, height) != self._size:
+            # Some rows stay free for the lines above.
+            lines = self._draw(width, max(2, height - 3))
+            self._drawn, self._size = now, (width, height)
+            self._text = Text("\n".join(lines), no_wrap=True, overflow="crop")
+        return self._text
 
 
 class SearchView:
-    """The lines of a search, and its live line.
+    """The lines of a search, and its live view.
 
     Args:
-        total: trials in all, of which `done` have ended before.
+        progress: how far the search is; kept up to date here.
     """
 
-    def __init__(self, view: View, *, total: int, done: int) -> None:
-        self._view, self._total, self._done, self._new = view, total, done, 0
-        self._running: dict[str, int] = {}
-        self._started = time.monotonic()
+    def __init__(self, view: View, progress: Progress) -> None:
+        self._view, self._progress, self._new = view, progress, 0
+        self._began = time.monotonic()
+        self._lock = threading.Lock()  # the live view is drawn by a thread of its own
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the live view while the block runs; nothing without a terminal."""
+        with self._view.shown(self.draw):
+            yield
+
+    def draw(self, width: int, height: int) -> list[str]:
+        """Return the lines of the live view."""
+        with self._lock:
+            self._progress.seconds = time.monotonic() - self._began
+            unicode = self._view.console.encoding.startswith("utf")
+            return progress.screen(self._progress, width=width, height=height, unicode=unicode)
 
     def epoch(self, trial_id: str, epoch: int, top1: float, asr: float) -> None:
-        """Print one epoch of a trial (search half)."""
-        self._running[trial_id] = epoch
-        if epoch:
+        """Take note of one epoch of a trial (search half); without a live view, print it."""
+        with self._lock:
+            self._progress.waiting.discard(trial_id)
+            self._progress.running[trial_id] = epoch
+        if epoch and not self._view.console.is_interactive:
             self._view.line(f"  {trial_id} epoch {epoch}  accuracy {top1:6.2%}  ASR {asr:7.2%}")
-        self._live()
 
     def waits(self, entry: Entry) -> None:
         """Print that a trial waits at a rung."""
-        self._running.pop(entry.id, None)
+        with self._lock:
+            self._progress.running.pop(entry.id, None)
+            self._progress.waiting.add(entry.id)
+            self._progress.meter.add(trial_row(entry), waited=seconds_before(entry))
         self._view.line(f"  {entry.id} waits at the rung of epoch {entry.pauses[-1]['epoch']}")
-        self._live()
 
-    def ended(self, entry: Entry) -> None:
-        """Print the end of a trial."""
-        self._running.pop(entry.id, None)
-        self._done += 1
-        self._new += 1
-        row = trial_row(entry)
+    def ended(self, entry: Entry, search: SearchState | None) -> None:
+        """Print the end of a trial.
+
+        Args:
+            search: where the search of its pretrain objective stands now; None where no trial has a point.
+        """
+        row, now = trial_row(entry), self._progress
+        with self._lock:
+            now.running.pop(entry.id, None)
+            now.waiting.discard(entry.id)
+            now.states[row["state"]] = now.states.get(row["state"], 0) + 1
+            now.meter.add(row)
+            self._new += 1
+            now.seconds_left = (time.monotonic() - self._began) / self._new * (now.total - now.ended)
+            if row["state"] == State.FAILED:
+                now.failed.append((entry.id, row["error_type"], row["error_message"]))
+            if search is not None:
+                now.searches[row["objective"]] = search
         params = ", ".join(f"{name}={_number(value)}" for name, value in entry.started["params"].items())
-        reason = f": {row['error_type']}: {row['error_message']}" if row["state"] == "failed" else ""
+        reason = f": {row['error_type']}: {row['error_message']}" if row["state"] == State.FAILED else ""
         why = f": {row['stop_reason']}" if row["stop_reason"] else reason
-        per_trial = (time.monotonic() - self._started) / self._new
-        left = f"  {_span(per_trial * (self._total - self._done))} left" if self._done < self._total else ""
+        left = f"  {span(now.seconds_left)} left" if now.ended < now.total else ""
+        # A live view has it below.
+        best = "" if search is None or self._view.console.is_interactive else f"  {progress.best_words(search)}"
         self._view.line(
-            f"  {entry.id} {row['state']}{why}  ({params})  trial {self._done}/{self._total}{left}",
+            f"  {entry.id} {row['state']}{why}  ({params})  trial {now.ended}/{now.total}{left}{best}",
             style="red" if reason else None,
         )
-        self._live()
-
-    def _live(self) -> None:
-        running = ", ".join(f"{trial_id} epoch {epoch}" for trial_id, epoch in sorted(self._running.items()))
-        self._view.update(f"search: {self._done}/{self._total} trials ended; running: {running or 'none'}")
 
 
 def _number(value: object) -> str:

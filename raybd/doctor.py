@@ -133,7 +133,8 @@ def extras(required: list[str]) -> Finding:
                 lacking[extra] = f"{need.name} {fault}"
     there = sorted(names - lacking.keys())
     told = [f"{name} installed" for name in there] + [f"{name}: {fault}" for name, fault in sorted(lacking.items())]
-    fix = f'if wanted (s3: shards on buckets; text: synonyms): pip install "raybd[{",".join(sorted(lacking))}]"'
+    what = "s3: shards on buckets; text: synonyms; dashboard: raybd dashboard; mlflow, wandb: record.trackers"
+    fix = f'if wanted ({what}): pip install "raybd[{",".join(sorted(lacking))}]"'
     return Finding("extras", State.OK, "; ".join(told) or "there are none", fix if lacking else "")
 
 

@@ -149,7 +149,7 @@ class Run(StudyDirectory):
         if missing:
             workers = f"{self.share.num_workers} worker{'s' if self.share.num_workers > 1 else ''}"
             self.view.stage(f"pretraining {' and '.join(missing)}: {workers}")
-            with self.view.follow_pretraining(self.store, missing):
+            with self.view.follow_pretraining(self.store, missing, self.tracking.pretrained):
                 self.failed_pretraining = run_pretraining(self.study, missing, self.store, self.share)
         for objective, reason in self.failed_pretraining.items():
             self.view.warn(f"pretraining {objective} failed: {reason}")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from raybd import fronts, run_record, tables
-from raybd.assignment import CarryOut, remove_leftovers, settle
+from raybd import fronts, run_record, tables, tracking
+from raybd.assignment import CarryOut, remove_leftovers, seconds_before, settle
 from raybd.console import SearchView, View
 from raybd.errors import StudyError
 from raybd.growing_fronts import GrowingFronts
 from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.points import Points, Row
 from raybd.records import attack_rows, epoch_rows, pretrain_rows, trial_row
+from raybd.report import progress
+from raybd.report.progress import Meter, Progress, SearchState
 from raybd.store import Store
 from raybd.study import FREE_SETTINGS, Resources, Study, differences
+from raybd.tracking import Measured, Tracking
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,25 @@ class StudyDirectory:
         share: what the study has of the cluster, while there is one.
         failed_pretraining: why pretraining failed in this call, by objective.
 
-    Errors: StudyError where the directory holds another study.
+        tracking: what gives TensorBoard and others their copies.
+
+    Errors: StudyError where the directory holds another study; ClusterError where a tracker that the study asks for is
+        not installed.
     """
 
     kind = "study"
     keeps_weights = True
 
     def __init__(self, study: Study, store: Store, view: View, *, address: str | None = None) -> None:
+        tracking.require(study.record)
         self.study, self.store, self.view, self.address = study, store, view, address
+        self.tracking = Tracking(tracking.open_trackers(store, study))
         self.ledger = Ledger(store)
         self.share: Any = None
         self.failed_pretraining: dict[str, str] = {}
         self._trial_rows: dict[str, dict[str, Any]] = {}
         self._fronts, self._front_rows = GrowingFronts(), dict[str, list[dict[str, Any]]]()
+        self._areas: dict[str, progress.Areas] = {}  # as they were when the tables were read
         # By trial that has not ended: the weights of its epochs in the tables, but of the last one planned, which is on
         # the front `final` only once the trial has ended.
         self._measured: dict[str, set[str]] = {}
@@ -117,17 +126,70 @@ class StudyDirectory:
             return
         share = self.share
         self.view.stage(f"search: {total} trials, {ended} done, {share.concurrent_trials} at a time")
-        view = SearchView(self.view, total=total, done=ended)
+        so_far = self._progress(ids, total=total)
+        view = SearchView(self.view, so_far)
 
         def on_end(entry: Entry) -> None:
             self.add_trial(entry)
-            if entry.ended is not None:
-                view.ended(entry)
-            else:
+            if entry.ended is None:
                 view.waits(entry)
+                return
+            objective = entry.started["objective"]
+            now = self._search_state(objective, before=so_far.searches.get(objective))
+            self.tracking.ended(entry)
+            if now is not None:
+                self._track(objective, {len(now.areas): (trial_row(entry), now.areas[-1])})
+            view.ended(entry, now)
 
-        with self.view.live("search: starting trials"):
+        with view.shown():
             run_search(self.study, ids, self.store, share, carry_out, on_epoch=view.epoch, on_end=on_end)
+
+    def _progress(self, ids: dict[str, str], *, total: int) -> Progress:
+        """Return how far the search is as it begins in this call."""
+        meter = Meter(self.study.search.stopping, self.study.search.trials_each, len(ids))
+        found = Progress(total, {}, meter)
+        for trial in self._trial_rows.values():
+            if trial["pretrain_id"] not in ids.values():
+                continue
+            waits = trial["state"] == State.RUNNING
+            entry = self.ledger.entry(Kind.TRIAL, trial["trial_id"]) if waits else None
+            meter.add(trial, waited=seconds_before(entry) if entry else 0.0)
+            if entry is not None and entry.waits:
+                found.waiting.add(entry.id)
+            elif not waits:
+                found.states[trial["state"]] = found.states.get(trial["state"], 0) + 1
+            if trial["state"] == State.FAILED:
+                found.failed.append((trial["trial_id"], trial["error_type"], trial["error_message"]))
+        self._update_fronts()
+        for objective in ids:
+            areas = [area for _, area in self._areas.get(objective, ())]
+            state = self._search_state(objective, before=None)
+            if state is not None and areas:
+                state.areas = areas
+                found.searches[objective] = state
+        return found
+
+    def _search_state(self, objective: str, *, before: SearchState | None) -> SearchState | None:
+        """Return where the search of an objective stands by its front, None where it has none.
+
+        Args:
+            before: where it stood; its hypervolumes are taken over.
+        """
+        found = progress.search_states(self._front_rows.get(objective, ()))
+        if not found:
+            return None
+        if before is not None:
+            before.areas += found[0].areas
+            found[0].areas = before.areas
+        return found[0]
+
+    def _track(self, objective: str, reached: Mapping[int, tuple[Row, float]]) -> None:
+        """Give trackers hypervolumes, by the number of trials that had ended, each with the last of these."""
+        points = []
+        for n, (trial, area) in reached.items():
+            time = trial["ended"].timestamp() if trial["ended"] else 0.0
+            points.append(Measured(n, time, {"hypervolume": area}))
+        self.tracking.add(tracking.of_search(objective, points))
 
     def add_trial(self, entry: Entry) -> None:
         """Write the parts of a trial that has ended or waits at a rung, then the fronts as they are with it."""
@@ -180,9 +242,16 @@ class StudyDirectory:
         for entry in entries:
             if (entry.ended is not None or entry.pauses) and self._is_behind(entry):
                 self._write_trial(entry)
+                epochs[entry.id] = list(epoch_rows(entry))
         for entry in self.ledger.entries(Kind.PRETRAIN):
             if entry.ended is not None and not self.store.exists(f"tables/pretrain_epochs/{entry.id}.parquet"):
                 self.write_pretraining(entry)
+        found = progress.areas(self._trial_rows.values(), epochs)
+        self._areas = {objective: areas for (objective, _), areas in found.items()}
+        if entries:
+            self.tracking.catch_up(self.store)
+        for objective, areas in self._areas.items():
+            self._track(objective, {n: (self._trial_rows[id], area) for n, (id, area) in enumerate(areas, start=1)})
 
     def _remove_parts_of(self, trials: set[str]) -> None:
         """Remove what an earlier raybd wrote, a part for each trial: from the ledger they are written anew."""
@@ -217,5 +286,6 @@ class StudyDirectory:
         from raybd.report import html
 
         self._update_fronts()
+        self.tracking.close()
         failed = sum(row["state"] == State.FAILED for row in self._trial_rows.values())
         return Outcome(failed=failed, failed_pretraining=len(self.failed_pretraining), report=html.write(self.store))

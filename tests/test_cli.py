@@ -58,6 +58,7 @@ OPTIONS = {
     "status": {"--watch"},
     "logs": set(),
     "stop": {"--wait"},
+    "dashboard": {"--port", "--host", "--every"},
     "data import folder": {"--caption-template", "--test-share", "--seed"},
     "data import csv": {"--image-column", "--caption-column", "--label-column", "--root", "--test-share", "--seed"},
     "data import-sweep": {"--only", "--baseline"},

@@ -24,7 +24,9 @@ from raybd.errors import DataError
 from raybd.ledger import Kind, Ledger
 from raybd.plain import plain
 from raybd.report import evaluations, planned
+from raybd.report.progress import Meter, Progress, SearchState
 from raybd.store import Store
+from raybd.study import Stopping
 
 # Title of the window, cleared screen, colour, a line written over, text turned round, half a character, rich's markup.
 MARKUP = "[bold]b[/bold] [link=http://x]l[/link] [/] :bomb:"
@@ -161,11 +163,18 @@ def test_a_run_prints_names_as_text(tmp_path: Path) -> None:
     view.warn(NASTY)
     store = Store(str(tmp_path))
     nasty_entry(store)
-    search = SearchView(view, total=2, done=0)
-    search.epoch(NASTY, 1, 0.5, 0.5)
     text = sink.getvalue()
     assert steering(text) == []
-    assert text.count(SHOWN) == 4
+    assert text.count(SHOWN) == 3
+    found = Progress(2, {NASTY: SearchState(NASTY, areas=[0.1, 0.2])}, Meter(Stopping(), None, 1))
+    found.failed.append((NASTY, NASTY, NASTY))
+    search = SearchView(view, found)
+    search.epoch(NASTY, 1, 0.5, 0.5)
+    drawn = "\n".join(search.draw(600, 40))
+    assert steering(drawn) == []
+    assert drawn.count(SHOWN) == 5
+    with search.shown():
+        view.line("above it")
     with view.live(NASTY):
         view.update(f"{NASTY} again")
         assert view._status is not None

@@ -46,8 +46,7 @@ class _Objective:
         self.name, self._study, self._search = objective, study, study.search
         self.history = History(self._search, seed=fork(study.seed, "search", objective))
         self._grid = search_space.grid(self._search.space) if self._search.sampler is Sampler.GRID else None
-        total = self._search.num_trials
-        self.total = total if self._grid is None else min(total, len(self._grid) + len(self._search.known))
+        self.total = self._search.trials_each
         self.taken: set[int] = set()
         self._lowest = 0
         self.known: dict[str, _Known] = {}

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from raybd import failures, jobs, lock, tables
+from pydantic import ValidationError
+
+from raybd import failures, jobs, lock, run_record, tables
+from raybd.assignment import seconds_before
+from raybd.errors import DataError
 from raybd.ledger import Entry, Kind, Ledger, State, reading
+from raybd.points import Points, Row
+from raybd.records import trial_row
+from raybd.report import progress
+from raybd.report.progress import Meter
 from raybd.store import Store
+from raybd.study import Stopping, Study
 
 _OPEN = "running or interrupted"
 _WAITS = "waiting at a rung"
 _SHOWN = 5  # reasons, and trials that are tried again
 
 
-def lines(store: Store) -> Iterator[str]:
+def lines(store: Store, *, width: int = 80, unicode: bool = False) -> Iterator[str]:
     """Yield what one wants to know of a run: driver, pretraining, trials by state, why some failed, where it stands.
+
+    Args:
+        width: of the screen, in characters.
+        unicode: whether it shows more than ASCII.
 
     Errors: DataError where ledger or tables are not those of a run.
     """
     yield from _driver(store)
     with reading(store.path("ledger")):
         yield from _lines(store)
+        yield from _reached(store, width=width, unicode=unicode)
 
 
 def _driver(store: Store) -> Iterator[str]:
@@ -47,6 +62,8 @@ def _lines(store: Store) -> Iterator[str]:
     trials = ledger.entries(Kind.TRIAL)
     if trials:
         yield from _of_ledger(store, trials)
+        with contextlib.suppress(DataError):  # of records that lack them nobody knows the hours
+            yield from filter(None, [_device_hours(store, trials)])
     else:
         yield from _of_tables(store)
 
@@ -59,6 +76,54 @@ def _of_ledger(store: Store, trials: list[Entry]) -> Iterator[str]:
         yield f"tried again after failures: {len(again)}"
     for entry in again[:_SHOWN]:
         yield f"  {entry.id}: {_kinds(entry)}; {entry.ended['state'] if entry.ended else _OPEN}"
+
+
+def _device_hours(store: Store, trials: list[Entry]) -> str:
+    """Return device-hours used, and left where the study says how many trials there will be."""
+    study = _study(store)
+    objectives = len(study.pretrain.objectives) if study else 0
+    each = study.search.trials_each if study else None
+    meter = Meter(study.search.stopping if study else Stopping(), each, objectives)
+    for entry in trials:
+        if entry.ended is not None or entry.pauses:
+            meter.add(trial_row(entry), waited=seconds_before(entry))
+    return progress.device_line(meter)
+
+
+def _study(store: Store) -> Study | None:
+    """Return the study of a run; None where it is none of this raybd's, as of imported sweeps."""
+    try:
+        return Study.model_validate(run_record.read(store)["study"])
+    except (DataError, ValidationError):
+        return None
+
+
+def _reached(store: Store, *, width: int, unicode: bool) -> Iterator[str]:
+    """Yield best points and hypervolumes from the tables; what is wrong with those costs nothing else."""
+    try:
+        yield from _searches(store, width=width, unicode=unicode)
+    except DataError as error:
+        yield f"best points are not known: {error}"
+
+
+def _searches(store: Store, *, width: int, unicode: bool) -> Iterator[str]:
+    searches = progress.search_states(tables.read(store, "fronts").to_pylist())
+    if not searches:
+        return
+    epochs: dict[str, list[Row]] = {}
+    for row in Points.of_table(tables.read(store, "epochs")):
+        epochs.setdefault(row["trial_id"], []).append(row)
+    columns = tables.read(store, "trials").select(["trial_id", "objective", "pretrain_id", "state", "ended"])
+    # Times as Python objects would load pandas, which takes as long as all the rest.
+    ended = columns.column("ended").cast("int64")
+    trials = columns.set_column(columns.schema.get_field_index("ended"), "ended", ended).to_pylist()
+    for (objective, pretrain_id), found in progress.areas(trials, epochs).items():
+        for search in searches:
+            if search.of == (objective, pretrain_id):
+                search.areas = [area for _, area in found]
+    yield ""
+    yield "best points by accuracy lost, and hypervolume against trials, on the images that the search looks at:"
+    yield from progress.objective_lines(searches, width=width, unicode=unicode)
 
 
 def _kinds(entry: Entry) -> str:

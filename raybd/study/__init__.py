@@ -35,6 +35,7 @@ from raybd.study.poison import (
     Trigger,
     Warped,
 )
+from raybd.study.recording import Recording, TrackerName
 from raybd.study.search import Failure, Sampler, Search, Stopping, Tell
 from raybd.study.training import (
     ImageView,
@@ -74,6 +75,7 @@ __all__ = [
     "Precision",
     "Pretrain",
     "PretrainObjective",
+    "Recording",
     "Resources",
     "Sampler",
     "Schedule",
@@ -83,6 +85,7 @@ __all__ = [
     "Study",
     "Tell",
     "TextView",
+    "TrackerName",
     "TrainSettings",
     "Trigger",
     "Warped",
@@ -93,6 +96,7 @@ __all__ = [
 # They change what is done, or how, but not what it gives: they may differ between two calls on one run directory.
 FREE_SETTINGS = (
     "resources",
+    "record",
     "search.num_trials",
     "search.retries",
     "search.retry_on",
@@ -116,6 +120,7 @@ class Study(Section):
     search: Search = Search()
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
+    record: Recording = Recording()
 
     @model_validator(mode="after")
     def _methods_agree(self) -> Self:

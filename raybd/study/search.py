@@ -135,6 +135,13 @@ class Search(Section):
         description="a trial that finishes no step, batch or epoch for so long is ended, with a traceback; 0: never",
     )
 
+    @property
+    def trials_each(self) -> int:
+        """Trials for each pretrain objective: `num_trials`, or fewer where a grid has no more points."""
+        if self.sampler is not Sampler.GRID:
+            return self.num_trials
+        return min(self.num_trials, len(search_space.grid(self.space)) + len(self.known))
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         try:

@@ -1,0 +1,75 @@
+"""Weights & Biases: a run for each trial, pretraining and search, grouped by study, in the project `raybd`.
+
+Where they go is W&B's own setting: `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE=offline`, `WANDB_DIR`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import wandb
+
+from raybd.errors import ClusterError
+from raybd.provenance import digest
+from raybd.store import Store
+from raybd.tracking import Series
+from raybd.tracking.marks import Marks
+
+
+def require_key() -> None:
+    """Raise ClusterError where W&B would ask for a key, which nobody could give it while a study runs."""
+    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+        raise ClusterError(
+            "wandb does not know you on this machine",
+            where="record.trackers",
+            fix="wandb login; or WANDB_MODE=offline, and `wandb sync` later",
+        )
+
+
+class WeightsAndBiases:
+    """Runs of one study at W&B.
+
+    Args:
+        store: run directory; notes in it say what W&B has.
+        study: name of the study.
+    """
+
+    def __init__(self, store: Store, study: str) -> None:
+        self._marks, self._uri, self._study = Marks(store, "wandb"), store.uri, study
+        self._open: dict[str, Any] = {}
+
+    def last(self, name: str) -> int | None:
+        """Return the last step that W&B has of a series."""
+        return self._marks.last(name)
+
+    def add(self, series: Series) -> None:
+        """Log settings and values; the run of a series that goes on stays open."""
+        run = self._open.pop(series.name, None) or self._run(series)
+        for point in series.points:
+            run.log(dict(point.values), step=point.step)
+        if series.over:
+            run.finish(exit_code=int(series.failed))
+        else:
+            self._open[series.name] = run
+        self._marks.put(series.name, run.id, series.points[-1].step if series.points else 0)
+
+    def _run(self, series: Series) -> Any:
+        """Return the run of a series. Its id is always the same: W&B takes no step twice, of a killed call either."""
+        return wandb.init(
+            id=digest([self._uri, series.name]),
+            resume="allow",
+            reinit="create_new",
+            project=os.environ.get("WANDB_PROJECT", "raybd"),
+            group=os.environ.get("WANDB_RUN_GROUP", self._study),
+            job_type=series.name.partition("/")[0],
+            name=series.name.partition("/")[2],
+            config={**series.settings, "pretrain_objective": series.group, "run_dir": self._uri},
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
+        )
+
+    def close(self) -> None:
+        """Finish the runs that are open."""
+        for run in self._open.values():
+            run.finish()
+        self._open.clear()

@@ -1,0 +1,241 @@
+"""TensorBoard, MLflow, W&B: one interface that all pass, what a killed call left out, failures that cost nothing.
+
+Those that are not installed are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raybd import tracking
+from raybd.errors import ClusterError, RaybdError
+from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.store import Store
+from raybd.study import FREE_SETTINGS, Recording, Study, TrackerName, differences
+from raybd.tracking import Measured, Series, Tracking, event_file
+from raybd.tracking.tensorboard import TensorBoard
+
+STUDY = Study.model_validate({"name": "made", "poison": {"num_poisoned": 1}})
+# Of a series: settings, and by step what was measured.
+Found = dict[str, tuple[dict[str, Any], dict[int, dict[str, float]]]]
+
+
+def read_tensorboard(folder: Path) -> Found:
+    """Return what event files say, read by the messages of another implementation."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    found: Found = {}
+    for path in sorted(folder.rglob("*tfevents*")):
+        settings, steps = found.setdefault(str(path.parent.relative_to(folder)), ({}, {}))
+        content, events = path.read_bytes(), []
+        while content:
+            length, crc = struct.unpack("<QI", content[:12])
+            data, content = content[12 : 12 + length], content[16 + length :]
+            assert crc == event_file.masked_crc(struct.pack("<Q", length))
+            events.append(Event.FromString(data))
+        assert events[0].file_version == "brain.Event:2"
+        for event in events[1:]:
+            for value in event.summary.value:
+                if value.tag == "_hparams_/session_start_info":
+                    told = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                    pairs = told.session_start_info.hparams.items()
+                    settings |= {k: v.string_value if v.HasField("string_value") else v.number_value for k, v in pairs}
+                elif not value.tag.startswith("_hparams_/"):
+                    steps.setdefault(event.step, {})[value.tag] = round(value.simple_value, 6)
+    return found
+
+
+def read_mlflow(folder: Path) -> Found:
+    from mlflow import MlflowClient
+
+    client, found = MlflowClient(), Found()
+    (experiment,) = [each for each in client.search_experiments() if each.name == "made"]
+    for run in client.search_runs([experiment.experiment_id]):
+        steps: dict[int, dict[str, float]] = {}
+        for name in run.data.metrics:
+            for metric in client.get_metric_history(run.info.run_id, name):
+                steps.setdefault(metric.step, {})[name] = metric.value
+        assert run.info.run_name not in found
+        found[run.info.run_name] = (run.data.params, steps)
+    return found
+
+
+def read_wandb(folder: Path) -> Found:
+    import json
+
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    found: Found = {}
+    for path in sorted(folder.rglob("*.wandb")):
+        file, name, settings, steps = DataStore(), "", dict[str, Any](), dict[int, dict[str, float]]()
+        file.open_for_scan(str(path))
+        while (data := file.scan_data()) is not None:
+            record = Record.FromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                name = f"{record.run.job_type}/{record.run.display_name}"
+                settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+                step = int(items["_step"])
+                steps.setdefault(step, {}).update({k: v for k, v in items.items() if not k.startswith("_")})
+        known = found.setdefault(name, ({}, {}))
+        known[0].update({k: v for k, v in settings.items() if k in ("lr", "method")})
+        known[1].update(steps)
+    return found
+
+
+READERS: dict[str, Callable[[Path], Found]] = {
+    "tensorboard": read_tensorboard,
+    "mlflow": read_mlflow,
+    "wandb": read_wandb,
+}
+
+
+@pytest.fixture(params=list(READERS))
+def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = str(request.param)
+    if name != "tensorboard" and importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    return name
+
+
+def trial(**over: Any) -> Series:
+    points = [Measured(epoch, 1e9 + epoch, {"loss": 0.5, "asr_top1/search": 1 - epoch / 4}) for epoch in range(3)]
+    return Series("trials/mmcl-0001", "mmcl", {"lr": 0.25, "method": "cleanclip"}, points, over=True, **over)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_every_tracker_takes_series_once_whoever_gives_them(tracker: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    own = tracker == "tensorboard"
+    record = Recording(tensorboard=own, trackers=() if own else (TrackerName(tracker),))
+    study = STUDY.model_copy(update={"record": record})
+    area = [Measured(n, 1e9 + n, {"hypervolume": n / 4}) for n in (1, 2, 3)]
+    for points in (area[:2], area):  # the second call has all there is, as one that goes on
+        given = tracking.open_trackers(store, study)
+        assert list(given) == [tracker]
+        opened = given[tracker]()
+        assert opened.last("trials/none") is None
+        for series in (tracking.of_search("mmcl", points), trial()):
+            last = opened.last(series.name)
+            rest = [point for point in series.points if last is None or point.step > last]
+            if rest:
+                opened.add(Series(series.name, series.group, series.settings, rest, series.over))
+            assert opened.last(series.name) == series.points[-1].step
+        opened.close()
+    found = READERS[tracker](tmp_path / "run/tensorboard" if own else tmp_path)
+    assert set(found) == {"search/mmcl", "trials/mmcl-0001"}
+    settings, steps = found["trials/mmcl-0001"]
+    assert {name: str(value) for name, value in settings.items()} == {"lr": "0.25", "method": "cleanclip"}
+    assert steps == {n: {"loss": 0.5, "asr_top1/search": 1 - n / 4} for n in range(3)}
+    assert found["search/mmcl"][1] == {n: {"hypervolume": n / 4} for n in (1, 2, 3)}
+
+
+def half(clean: int, hit: int) -> dict[str, int]:
+    return {"n_clean": 100, "correct_clean": clean, "n_triggered": 100, "hit_target": hit, "correct_triggered": 0}
+
+
+def epoch(number: int) -> dict[str, Any]:
+    names = (*tracking._TRAINING, "step", "samples_seen", "broken", "train_seconds", "evaluate_seconds")
+    known = {"epoch": number, "counts": {"search": half(50, 90 - number), "report": half(40, 80)}}
+    return {**dict.fromkeys(names), **known, "loss": float("nan") if number else 0.5, "train_seconds": 2.0}
+
+
+def started(trial_id: str) -> dict[str, Any]:
+    own = {"study": "made", "study_hash": "h", "trial_id": trial_id, "pretrain_id": "p", "objective": "mmcl"}
+    return {**own, "method": "cleanclip", "params": {"lr": 0.1}, "started": "2026-01-01T00:00:00+00:00"}
+
+
+def test_a_trial_becomes_a_series_of_both_halves_without_what_is_no_number() -> None:
+    entry = Entry("t", started("t"), 1, {n: epoch(n) for n in range(2)}, {"state": State.FAILED})
+    found = tracking.of_trial(entry)
+    assert (found.name, found.over, found.failed) == ("trials/t", True, True)
+    assert found.settings == {"lr": 0.1, "method": "cleanclip"}
+    first, second = found.points
+    assert first.values["loss"] == 0.5
+    assert "loss" not in second.values
+    assert second.values["asr_top1/search"] == 0.89
+    assert second.values["zeroshot_top1/report"] == 0.4
+    assert second.time - first.time == 2.0
+
+
+def test_what_a_killed_call_left_out_is_given_by_the_next(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    ledger = Ledger(store)
+    for name in ("mmcl-0000", "mmcl-0001", "mmcl-0002"):
+        ledger.start(Kind.TRIAL, name, started(name))
+        ledger.epoch(Kind.TRIAL, name, 0, epoch(0))
+    for name in ("mmcl-0000", "mmcl-0001"):
+        ledger.end(Kind.TRIAL, name, {"state": State.COMPLETE})
+    TensorBoard(store).add(tracking.of_trial(ledger.entry(Kind.TRIAL, "mmcl-0000")))
+    before = {name: store.get(name) for name in store.names("tensorboard")}
+    assert len(before) == 1
+    given = Tracking(tracking.open_trackers(store, STUDY))
+    given.catch_up(store)
+    given.close()
+    names = store.names("tensorboard")
+    assert [name.split("/")[2] for name in names] == ["mmcl-0000", "mmcl-0001"]
+    assert all(store.get(name) == content for name, content in before.items())
+
+
+def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(TensorBoard):
+        def add(self, series: Series) -> None:
+            raise OSError("no answer")
+
+    def closed() -> TensorBoard:
+        raise RaybdError("no such server")
+
+    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+    store = Store(str(tmp_path))
+    given = Tracking({"a": lambda: Broken(store), "b": closed, "c": lambda: TensorBoard(store)})
+    for _ in range(3):
+        given.add(trial())
+    given.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "b gets no more in this call: no such server",
+        "a gets no more in this call: OSError: no answer",
+    ]
+    assert len(store.names("tensorboard")) == 1
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match="mlflow is not installed") as caught:
+        tracking.require(Recording(trackers=(TrackerName.MLFLOW,)))
+    assert "raybd[mlflow]" in caught.value.fix
+    tracking.require(Recording())
+
+
+def test_where_numbers_go_changes_no_study() -> None:
+    other = Study.model_validate({**STUDY.resolved(), "record": {"tensorboard": False, "trackers": ["wandb"]}})
+    assert other.hash() == STUDY.hash()
+    before = STUDY.resolved()
+    del before["record"]  # a run of an earlier raybd
+    assert all(found.startswith(FREE_SETTINGS) for found in differences(before, STUDY.resolved()))
+
+
+def test_event_files_need_neither_torch_nor_others() -> None:
+    code = (
+        "import sys, raybd.tracking.tensorboard\n"
+        "print([name for name in ('torch', 'tensorboardX', 'mlflow', 'wandb') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
