@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from raybd import curves, failures, run_record
 from raybd.assignment import point
-from raybd.cluster.searcher import DIRECTIONS, distribution, told
+from raybd.cluster.history import DIRECTIONS, distribution, told
 from raybd.errors import ClusterError, DataError, RaybdError
 from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.plain import plain
@@ -41,7 +41,7 @@ _WIDE = 50  # from the lowest value to the highest: beyond, an axis is logarithm
 class Mirror:
     """The Optuna studies of a run, one for each pretrain objective, in a storage in memory.
 
-    Values are what the search told Optuna of a trial (`cluster.searcher.told`); a trial under way has none yet. Beside
+    Values are what the search told Optuna of a trial (`cluster.history.told`); a trial under way has none yet. Beside
     them stand accuracy and ASR of each epoch (search half), and its accuracy x (1 - ASR) as intermediate values.
 
     Attributes:
