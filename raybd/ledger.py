@@ -6,7 +6,7 @@ Append-only: one small file for each event, whole or absent. Tables, fronts and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +16,7 @@ from raybd.errors import DataError, SupersededError
 from raybd.store import Store
 
 Record = dict[str, Any]
+_END, _SO_FAR = "ended.json", ("started-", "epoch-", "failed-", "paused-")
 
 
 class Kind(StrEnum):
@@ -119,23 +120,25 @@ class Ledger:
         content: Record = {"started": entry.started, "attempts": entry.attempts, "ended": record}
         content |= {"failures": entry.failures, "pauses": entry.pauses}
         content["epochs"] = {str(number): entry.epochs[number] for number in sorted(entry.epochs)}
-        self._put_new(f"ledger/{kind}/{id}/ended.json", content)
+        self._put_new(f"ledger/{kind}/{id}/{_END}", content)
         return self.entry(kind, id)
 
     def has_ended(self, kind: Kind, id: str) -> bool:
         """Say whether an entry has ended."""
-        return self._store.exists(f"ledger/{kind}/{id}/ended.json")
+        return self._store.exists(f"ledger/{kind}/{id}/{_END}")
 
     def entry(self, kind: Kind, id: str) -> Entry:
         """Return one entry. Errors: DataError if it never started."""
         names = self._names(kind, id)
         if not names:
             raise DataError("never started", where=f"ledger/{kind}/{id}")
-        return self._read(id, names)
+        return self._read(id, names, self._store.get_each(_wanted(names)))
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Return all entries of a kind, by id."""
-        return [self._read(id, names) for id, names in sorted(self._by_id(kind).items())]
+        found = sorted(self._by_id(kind).items())
+        contents = self._store.get_each([name for _, names in found for name in _wanted(names)])
+        return [self._read(id, names, contents) for id, names in found]
 
     def ids(self, kind: Kind) -> list[str]:
         """Return the ids of all entries of a kind, sorted; none of them is read."""
@@ -151,16 +154,26 @@ class Ledger:
         names = self._store.names(f"ledger/{kind}/{id}", suffix=".json")
         return [name for name in names if name.rsplit("/", 1)[1].startswith(prefix)]
 
-    def _read(self, id: str, names: list[str]) -> Entry:
+    def _read(self, id: str, names: list[str], contents: Iterator[bytes]) -> Entry:
+        """Return an entry.
+
+        Args:
+            contents: begins with the files that are wanted of it.
+        """
+        held = {name: next(contents) for name in _wanted(names)}
         with reading(f"{self._store.root}/{names[0].rsplit('/', 1)[0]}"):
-            entry = self._assembled(id, names)
+            entry = self._assembled(id, held)
             _check(entry)
         return entry
 
-    def _assembled(self, id: str, names: list[str]) -> Entry:
-        last = {name.rsplit("/", 1)[1]: name for name in names}
-        if "ended.json" in last:
-            found = self._get(last["ended.json"])
+    def _assembled(self, id: str, held: Mapping[str, bytes]) -> Entry:
+        last = {name.rsplit("/", 1)[1]: name for name in held}
+
+        def get(name: str) -> Record:
+            return self._parsed(name, held[name])
+
+        if _END in last:
+            found = get(last[_END])
             epochs = {int(number): record for number, record in found["epochs"].items()}
             failures, pauses = (tuple(found.get(name, ())) for name in ("failures", "pauses"))
             return Entry(id, found["started"], found["attempts"], epochs, found["ended"], failures, pauses)
@@ -168,11 +181,11 @@ class Ledger:
         def of(prefix: str) -> list[str]:
             return [last[name] for name in sorted((n for n in last if n.startswith(prefix)), key=_number)]
 
-        starts, epochs = of("started-"), {_number(path): self._get(path) for path in of("epoch-")}
-        started = self._get(starts[0]) if starts else {}
-        failures, pauses = (tuple(map(self._get, of(prefix))) for prefix in ("failed-", "paused-"))
+        starts, epochs = of("started-"), {_number(path): get(path) for path in of("epoch-")}
+        started = get(starts[0]) if starts else {}
+        failures, pauses = (tuple(map(get, of(prefix))) for prefix in ("failed-", "paused-"))
         # Nothing but a trial at a rung asks how far the last attempt was to go.
-        until = self._get(starts[-1])["until"] if starts and pauses else None
+        until = get(starts[-1])["until"] if starts and pauses else None
         pauses = tuple(sorted(pauses, key=lambda pause: int(pause["epoch"])))
         return Entry(id, started, len(starts), epochs, None, failures, pauses, until)
 
@@ -186,9 +199,9 @@ class Ledger:
     def _put_new(self, name: str, record: Record) -> bool:
         return self._store.put_new(name, json.dumps(record, sort_keys=True, allow_nan=True).encode())
 
-    def _get(self, name: str) -> Record:
+    def _parsed(self, name: str, content: bytes) -> Record:
         try:
-            return dict(json.loads(self._store.get(name)))
+            return dict(json.loads(content))
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"not a ledger record: {error}", where=self._store.path(name)) from None
 
@@ -200,6 +213,12 @@ def reading(where: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
+
+
+def _wanted(names: list[str]) -> list[str]:
+    """Return which files of an entry are read: its end, which holds all, or else what there is of it so far."""
+    ends = [name for name in names if name.endswith(f"/{_END}")]
+    return ends or [name for name in names if name.rsplit("/", 1)[1].startswith(_SO_FAR)]
 
 
 def _number(name: str) -> int:

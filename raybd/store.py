@@ -13,7 +13,9 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+_SIDE_BY_SIDE = 16  # files of a bucket that are fetched, or wait to be taken, at once
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 # No waiting mends these.
 _HOPELESS = (PermissionError, NotADirectoryError, IsADirectoryError)
@@ -112,14 +115,43 @@ class Store:
     def get(self, name: str) -> bytes:
         """Return a file's bytes. Errors: DataError if it is not there."""
 
-        def read() -> bytes:
-            with self.fs.open_input_stream(self.path(name)) as stream:
-                return bytes(stream.read())
-
         try:
-            return self.patiently("read", name, read, answers=(FileNotFoundError,))
+            return self.patiently("read", name, lambda: self._read(name), answers=(FileNotFoundError,))
         except FileNotFoundError:
             raise DataError("no such file in the run directory", where=self.path(name)) from None
+
+    def get_each(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Yield the bytes of files, in the order of their names.
+
+        Each file of a bucket costs a wait for its answer, so some are fetched ahead, side by side; no more than
+        `_SIDE_BY_SIDE` are held. A local disk answers at once, and its files are read one by one.
+
+        Errors: as of `get`, when it is the turn of the file that has them.
+        """
+        if self.local or len(names) < 2:
+            yield from map(self.get, names)
+            return
+        pool = ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="raybd-read")
+        ahead: deque[tuple[str, Future[bytes]]] = deque()
+        try:
+            for name in names:
+                ahead.append((name, pool.submit(self._read, name)))
+                if len(ahead) == _SIDE_BY_SIDE:
+                    yield self._awaited(*ahead.popleft())
+            while ahead:
+                yield self._awaited(*ahead.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _awaited(self, name: str, fetched: Future[bytes]) -> bytes:
+        try:
+            return fetched.result()
+        except OSError:
+            return self.get(name)  # here is who waits for the storage, or tells of the failure
+
+    def _read(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.path(name)) as stream:
+            return bytes(stream.read())
 
     def exists(self, name: str) -> bool:
         """Say whether a file is there."""

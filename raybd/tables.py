@@ -296,9 +296,10 @@ def read(store: Store, table: str, *, encoded: bool = False) -> pa.Table:
     schema = SCHEMAS[table]
     found: list[tuple[str, pa.Table]] = []
     try:
-        for name in store.names(f"tables/{table}", suffix=".parquet"):
+        names = store.names(f"tables/{table}", suffix=".parquet")
+        for name, content in zip(names, store.get_each(names), strict=True):
             where = store.path(name)
-            found.append((where, _part(store.get(name), schema, where)))
+            found.append((where, _part(content, schema, where)))
     except DataError:
         _check(found, table)  # what is wrong in an earlier part is told first
         raise
