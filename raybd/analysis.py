@@ -1,4 +1,4 @@
-"""Everything that is measured of a run, or of several that differ by their seed. Pure functions of table rows."""
+"""Everything that is measured of a run, or of several: pure functions of table rows, and of `Run`, which holds them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from raybd import attainment, differences, fronts, measures
+from raybd import attainment, differences, fronts, measures, tables
 from raybd.fronts import Key, Standing
 from raybd.points import Points, Row, Trials
+from raybd.store import Store
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,20 @@ class Run:
     """The rows of a run that measures are made of.
 
     Attributes:
-        name: how the run is called: its directory.
+        name: how the run is called: its directory, unless another name is given.
         epochs, trials: rows of these tables.
     """
 
     name: str
     epochs: Sequence[Row]
     trials: Sequence[Row]
+
+    @staticmethod
+    def read(uri: str, *, name: str = "") -> Run:
+        """Return a run from the tables in its directory, a path or `s3://…`. Errors: as of `tables.read`."""
+        store = Store(uri)
+        trials, epochs = (tables.read(store, table, encoded=True) for table in ("trials", "epochs"))
+        return Run(name or uri, Points.of_table(epochs), Trials(trials))
 
     @cached_property
     def fronts(self) -> list[dict[str, Any]]:
@@ -40,6 +48,11 @@ class Run:
         """What the `trials` table says of the trials of `points`."""
         return Standing.of(self.points, self.trials)
 
+    @property
+    def quoted(self) -> str:
+        """The images that points are quoted on, a split: those they are not chosen on, where there are halves."""
+        return fronts.halves(self.points)[-1]
+
     @cached_property
     def groups(self) -> dict[Key, Points]:
         """Rows of the `epochs` table by (objective, pretrain_id, method)."""
@@ -49,6 +62,18 @@ class Run:
     def names(self) -> dict[tuple[str, str], str]:
         """A name for each (objective, pretrain_id)."""
         return fronts.objective_names({"objective": o, "pretrain_id": p} for o, p, _ in self.groups)
+
+    @cached_property
+    def pools(self) -> dict[tuple[str, str], differences.Pool]:
+        """What can be on a front of some of the trials, by (name of the objective, method)."""
+        found: dict[tuple[str, str], differences.Pool] = {}
+        of_model: dict[tuple[str, str], Points] = {}
+        for (objective, pretrain_id, method), rows in self.groups.items():
+            everyone = of_model.setdefault((objective, pretrain_id), rows)  # the group of all methods comes first
+            pool = differences.pool(rows, self.standing, model=everyone)
+            if pool:
+                found[self.names[objective, pretrain_id], method] = pool
+        return found
 
     def trials_named(self, ids: Collection[str]) -> Sequence[Row]:
         """Return the rows of these trials in the `trials` table, in their order."""
@@ -116,17 +141,41 @@ def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, 
     """
     pools: dict[str, dict[str, list[differences.Pool]]] = {}
     for run in runs:
-        of_model: dict[tuple[str, str], Points] = {}
-        for (objective, pretrain_id, method), rows in run.groups.items():
-            everyone = of_model.setdefault((objective, pretrain_id), rows)  # the group of all methods comes first
-            found = differences.pool(rows, run.standing, model=everyone)
-            if found:
-                pools.setdefault(method, {}).setdefault(run.names[objective, pretrain_id], []).append(found)
+        for (name, method), pool in run.pools.items():
+            pools.setdefault(method, {}).setdefault(name, []).append(pool)
     compared = []
     for method, by_name in pools.items():
         whole = {name: found for name, found in sorted(by_name.items()) if len(found) == len(runs)}
         compared += [{"method": method, **entry} for entry in differences.compare(whole, **bootstrap)]
     return compared
+
+
+def between_runs(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, Any]]:
+    """Return the differences between runs, by pretrain objective and cleaning method; see `differences.compare`.
+
+    Args:
+        runs: runs of any studies, each with a name of its own; compared where both have that objective and method.
+        bootstrap: arguments of `differences.compare`.
+    """
+    pools: dict[tuple[str, str], dict[str, list[differences.Pool]]] = {}
+    for run in runs:
+        for key, pool in run.pools.items():
+            pools.setdefault(key, {})[run.name] = [pool]
+    return [
+        {"objective": objective, "method": method, **entry}
+        for (objective, method), by_run in pools.items()
+        for entry in differences.compare(by_run, **bootstrap)
+    ]
+
+
+def worths(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, Any]]:
+    """Return what the front of each run, pretrain objective and method is worth; see `differences.worth`."""
+    return [
+        {"run": run.name, "objective": objective, "method": method, **entry}
+        for run in runs
+        for (objective, method), pool in run.pools.items()
+        for entry in differences.worth(pool, **bootstrap)
+    ]
 
 
 def across_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:

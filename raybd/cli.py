@@ -129,7 +129,9 @@ def _carry_out(
 
 def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
     """Print what a search led to. Errors: typer.Exit where trials or pretraining runs failed."""
-    _print_fronts(_read_run(where), kind=FrontKind.ANY_EPOCH)
+    from raybd import analysis
+
+    _print_fronts(analysis.Run.read(where), kind=FrontKind.ANY_EPOCH)
     view.line(f"report: {outcome.report}")
     view.line(f"fronts again, with all other measures: raybd pareto {where}")
     if outcome.failed:
@@ -138,17 +140,6 @@ def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
         view.warn("pretraining failed in part: called again, this command tries it again")
     if outcome.failed or outcome.failed_pretraining:
         raise typer.Exit(FAILED_TRIALS)
-
-
-def _read_run(run: str) -> analysis.Run:
-    """Return the rows of a run that measures are made of, from the tables."""
-    from raybd import analysis, points, tables
-    from raybd.store import Store
-
-    store = Store(run)
-    trials = tables.read(store, "trials", encoded=True)
-    epochs = tables.read(store, "epochs", encoded=True)
-    return analysis.Run(run, points.Points.of_table(epochs), points.Trials(trials))
 
 
 def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
@@ -302,7 +293,7 @@ def pareto(
         raise RaybdError("a run is given twice", where=" ".join(runs), fix="give each run once")
     for name in runs:
         require_run(Store(name))
-    read = [_read_run(name) for name in runs]
+    read = [analysis.Run.read(name) for name in runs]
     for run in read:
         if not run.fronts:
             raise RaybdError("no trial has ended yet", where=run.name, fix="let `raybd run` go on")

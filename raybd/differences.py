@@ -1,4 +1,4 @@
-"""Do two pretrain objectives differ? Differences of what their fronts are worth, with bootstrap intervals."""
+"""What a front is worth, and how two of them differ, with bootstrap intervals: of pretrain objectives, or of runs."""
 
 from __future__ import annotations
 
@@ -292,6 +292,32 @@ def compare(
             "trials": [sum(pool.num_trials for pool in pools[name]) for name in (first, second)],
         }
         for first, second in combinations(names, 2)
+        for m, measure in enumerate(Measure)
+    ]
+
+
+def worth(pool: Pool, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = SEED) -> list[dict[str, Any]]:
+    """Return what one group's front is worth in each measure, with a percentile bootstrap interval over its trials.
+
+    A resample can lose the best trials and never find better ones: an interval lies to the worse side of the value,
+    and says how far the value hangs on single trials.
+
+    Args:
+        resamples, level, seed: of the bootstrap; the same seed gives the same interval.
+
+    Returns: for each measure `value`, `low` and `high`, and `resamples`, those with a point that qualifies. None where
+        there is none.
+    """
+    (whole,) = pool.values(np.ones((1, pool.num_trials), dtype=bool))
+    values_RM = pool.resampled(resamples, np.random.default_rng(seed))
+    return [
+        {
+            "measure": measure.value,
+            "value": _number(whole[m]),
+            **_interval(values_RM[:, m], level),
+            "level": level,
+            "trials": pool.num_trials,
+        }
         for m, measure in enumerate(Measure)
     ]
 

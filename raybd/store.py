@@ -33,6 +33,8 @@ _SIDE_BY_SIDE = 16  # files of a bucket that are fetched, or wait to be taken, a
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 # No waiting mends these.
 _HOPELESS = (PermissionError, NotADirectoryError, IsADirectoryError)
+# An address that holds a key or a password, KEY:SECRET@; a number after the colon is a port.
+_CREDENTIALS = re.compile(r"://[^/:@?#]*:(?!\d+[/?#])[^@]*@")
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters: bytes of a name that are not UTF-8
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,7 +47,8 @@ class Store:
     """A run directory, local or `s3://…`. It may come from a stranger: no name in it, and no link, leads out of it.
 
     Args:
-        uri: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes.
+        uri: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes, without credentials: it is printed, and
+            written into the run directory.
         patience: seconds for which an operation that fails is tried again.
 
     Errors: DataError where it is no path and no such URI; every method raises StorageError where the disk or bucket
@@ -56,6 +59,13 @@ class Store:
         self.uri, self.patience = uri, patience
         if "\0" in uri or _HALVES.search(uri):
             raise DataError("no name of a run directory", where=repr(uri)[1:-1], expected="a path in UTF-8, or s3://…")
+        if _CREDENTIALS.search(uri):
+            raise DataError(
+                "the address of a run directory holds credentials",
+                where=_CREDENTIALS.sub("://…@", uri),
+                fix="leave them to the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN), to a "
+                "profile or to the machine's role: addresses are printed, and stored",
+            )
         if "://" in uri:
             try:
                 self.fs, self.root = fs.FileSystem.from_uri(uri)

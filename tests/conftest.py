@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 from hypothesis import settings
@@ -31,3 +31,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# Found again wherever they are written.
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIASHOWNNOWHERE0001",
+    "AWS_SECRET_ACCESS_KEY": "shown/nowhere+secret/0002",
+    "AWS_SESSION_TOKEN": "shown-nowhere-token-0003",
+}
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """A real S3 server with the bucket `chaos`, its endpoint and `CREDENTIALS` in the environment; these are given."""
+    from tests.chaos.bucket import Bucket
+
+    server = Bucket(dict(os.environ), tmp_path_factory.mktemp("bucket") / "log")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_DEFAULT_REGION"):
+            patch.delenv(name, raising=False)
+        others = {"AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+        for name, value in {**CREDENTIALS, **others, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}"}.items():
+            patch.setenv(name, value)
+        yield CREDENTIALS
+    server.close()

@@ -6,11 +6,9 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-import warnings
 import xml.etree.ElementTree as ET
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -27,7 +25,6 @@ from raybd.errors import DataError, RaybdError
 from raybd.report import figures, html, measure_figures, text, words
 from raybd.store import Store
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "analysis" / "pareto.ipynb"
 NASTY = "<script>alert('x')</script>"
 PNG = b"\x89PNG\r\n\x1a\n" + b"not a real picture"
 N_CLEAN, N_TRIGGERED = 500, 475
@@ -349,6 +346,8 @@ def test_figures_of_measures_are_valid_and_the_same_every_time() -> None:
         lambda: measure_figures.instability_figure(run["instability"]),
         lambda: measure_figures.defender_figure(run["defender"], run["fronts"]),
         lambda: measure_figures.difference_figure(found["differences"]),
+        lambda: measure_figures.run_figure({"one": run["fronts"], "other": run["fronts"]}),
+        lambda: measure_figures.worth_figure(analysis.worths([analysis.Run("one", *_method_rows())], resamples=50)),
         lambda: measure_figures.attainment_figure(found["attainment"]),
     ):
         drawn, again = draw(), draw()
@@ -396,6 +395,8 @@ def test_nothing_measured_nothing_drawn() -> None:
     assert measure_figures.instability_figure([]) is None
     assert measure_figures.defender_figure([], []) is None
     assert measure_figures.difference_figure([]) is None
+    assert measure_figures.run_figure({"one": []}) is None
+    assert measure_figures.worth_figure([]) is None
     assert measure_figures.attainment_figure([]) is None
 
 
@@ -584,27 +585,3 @@ def test_reports_need_neither_torch_nor_ray() -> None:
     code = "import sys, raybd.report.html, raybd.report.text; print([m for m in ('torch', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_notebook_runs_on_a_run_directory(run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with warnings.catch_warnings():
-        # Third parties: zmq and jupyter_client warn of event loops and of paths that they are about to change.
-        warnings.simplefilter("ignore")
-        import nbformat
-        from nbclient import NotebookClient
-
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        assert 'RUNS = ["runs/demo"]' in code[0].source
-        assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-        monkeypatch.setenv("RAYBD_RUN", run.root)
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
-        monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-        client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
-        client.execute()
-    outputs = [output for cell in code for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
-    printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
-    assert "taken without knowing the trigger" in printed
-    summary = fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))[0]
-    assert f"{summary['hypervolume']:.4f}" in printed

@@ -1,32 +1,44 @@
-"""Whole studies on real Ray, as a user runs them: `raybd run` in a process of its own, killed and called again."""
+"""Whole studies on real Ray, as a user runs them: `raybd run` in a process of its own, killed and called again.
+
+One of them lies on a bucket, of moto's S3 server, where it is read as others read it too.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow.dataset as ds
 import pytest
 from hostile import Canary, plant
+from pyarrow import fs
+from typer.testing import CliRunner
 
 from raybd import fronts, study_file, tables
+from raybd.cli import app
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
+from tests.chaos.bucket import BUCKET
 from tests.chaos.checks import without_times
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
 
 
-def start(study: Path, run_dir: Path, *extra: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+def start(study: Path, run_dir: Path | str, *extra: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Start `raybd` in a process group of its own."""
     arguments = [sys.executable, "-m", "raybd", "run", str(study), "--run-dir", str(run_dir), *extra]
     # Every process below inherits the mark, Ray's own too: `processes_of` finds those that are left.
@@ -65,7 +77,7 @@ def signal_when(process: subprocess.Popen[str], number: signal.Signals, ready: C
 PROC = Path("/proc").is_dir()
 
 
-def processes_of(run_dir: Path) -> list[str]:
+def processes_of(run_dir: str) -> list[str]:
     """Return the command lines of processes that work for a run directory."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")) if PROC else ():
@@ -74,17 +86,22 @@ def processes_of(run_dir: Path) -> list[str]:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             continue
-        if int(pid) != os.getpid() and str(run_dir).encode() in environment + line.encode():
+        if int(pid) != os.getpid() and run_dir.encode() in environment + line.encode():
             found.append(f"{pid} {line[:200]}")
     return found
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, str]:
-    """The tiny study, run to its end without a fault, and what it printed."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    output = finish(start(TINY, run_dir))
-    return Store(str(run_dir)), output
+def finished(bucket: Mapping[str, str]) -> tuple[Store, str]:
+    """The tiny study, run to its end on a bucket without a fault, and what it printed."""
+    uri = f"s3://{BUCKET}/finished"
+    return Store(uri), finish(start(TINY, uri))
+
+
+def times(store: Store) -> dict[str, int]:
+    """Return when each record of the ledger was written."""
+    listed = store.fs.get_file_info(fs.FileSelector(store.path("ledger"), recursive=True))
+    return {info.path: info.mtime_ns for info in listed if info.type == fs.FileType.File}
 
 
 def test_a_run_leaves_whole_tables_fronts_and_report(finished: tuple[Store, str]) -> None:
@@ -135,10 +152,10 @@ def test_weights_are_kept_for_front_points_and_no_others(finished: tuple[Store, 
 
 def test_pareto_prints_json_of_the_run(finished: tuple[Store, str]) -> None:
     store, _ = finished
-    command = [sys.executable, "-m", "raybd", "pareto", store.root, "-f", "json"]
+    command = [sys.executable, "-m", "raybd", "pareto", store.uri, "-f", "json"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     measured = json.loads(printed)
-    assert measured["runs"][0]["run"] == store.root
+    assert measured["runs"][0]["run"] == store.uri
     summaries = measured["runs"][0]["fronts"]
     assert {(s["objective"], s["kind"], s["split"]) for s in summaries} == {
         (objective, kind, split)
@@ -153,57 +170,166 @@ def test_pareto_prints_json_of_the_run(finished: tuple[Store, str]) -> None:
 
 def test_a_second_call_does_nothing_twice(finished: tuple[Store, str]) -> None:
     store, _ = finished
-    before = {name: Path(store.path(name)).stat().st_mtime_ns for name in store.names("ledger")}
-    output = finish(start(TINY, Path(store.root)))
+    before = times(store)
+    output = finish(start(TINY, store.uri))
     assert "nothing left to do" in output
-    assert {name: Path(store.path(name)).stat().st_mtime_ns for name in store.names("ledger")} == before
+    assert times(store) == before
 
 
 def test_another_study_in_the_same_run_directory_is_refused(finished: tuple[Store, str]) -> None:
     store, _ = finished
-    output = finish(start(TINY, Path(store.root), "--set", "seed=8"), code=2)
+    output = finish(start(TINY, store.uri, "--set", "seed=8"), code=2)
     assert "seed: 7 → 8" in output
 
 
-def test_a_driver_that_is_ended_goes_on_and_ends_with_the_same_numbers(
-    finished: tuple[Store, str], tmp_path: Path
-) -> None:
-    """SIGTERM in the search, on poisoned models that are there: the tables are those of the run without a fault."""
-    run_dir = tmp_path / "ended"
-    shutil.copytree(finished[0].root, run_dir)
-    for name in ("ledger/trials", "weights", "tables/trials", "tables/epochs", "tables/fronts"):
-        shutil.rmtree(run_dir / name)
-    (run_dir / "report.html").unlink()
-    store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
+@dataclass
+class Resumed:
+    """A run that was ended by SIGTERM in its search, and called again.
+
+    Attributes:
+        again: records of the ledger that were there at its end, and were written once more.
+        read: what `raybd status` and `raybd pareto` printed of it as it ran.
+        scratch: everything that Ray kept of its own as it ran.
+        sessions: the folders in which Ray's logs are.
+    """
+
+    store: Store
+    canary: Canary
+    printed: list[str] = field(default_factory=list)
+    read: dict[str, str] = field(default_factory=dict)
+    again: set[str] = field(default_factory=set)
+    scratch: bytes = b""
+    sessions: list[Path] = field(default_factory=list)
+
+
+def content(folder: Path) -> Iterator[bytes]:
+    """Yield the names and the bytes of all files below a folder, but those that are gone meanwhile."""
+    for path in folder.rglob("*"):
+        try:
+            yield os.fsencode(path)
+            yield path.read_bytes() if path.is_file() else b""
+        except OSError:
+            continue
+
+
+@pytest.fixture(scope="module")
+def resumed(finished: tuple[Store, str], tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    """SIGTERM in the search, on poisoned models that are there, read meanwhile; then called again."""
+    folder, uri = tmp_path_factory.mktemp("resumed"), f"s3://{BUCKET}/resumed"
+    store, ledger = Store(uri), Ledger(Store(uri))
+    made_by_search = ("ledger/trials/", "weights/", "tables/trials/", "tables/epochs/", "tables/fronts/", "report.html")
+    names = [name for name in finished[0].names("") if not name.startswith(made_by_search)]
+    for name, copied in zip(names, finished[0].get_each(names), strict=True):
+        store.put(name, copied)
+    # What Ray would go on from, if it were asked: it is neither asked nor trusted.
+    found = Resumed(store, Canary(folder / "canary"))
 
     def another_trial_is_under_way() -> bool:
         entries = ledger.entries(Kind.TRIAL)
-        return any(e.ended for e in entries) and any(1 in e.epochs and not e.ended for e in entries)
+        if not found.read and len(tables.read(store, "fronts")):
+            for command in ("status", "pareto"):
+                result = CliRunner().invoke(app, [command, uri])
+                assert result.exit_code == 0, result.output
+                found.read[command] = result.output
+            found.scratch = b"".join(b"".join(content(path)) for path in Path(tempfile.gettempdir()).glob("raybd-*"))
+            return False
+        return bool(found.read) and any(1 in e.epochs and not e.ended for e in entries)
 
-    process = start(TINY, run_dir)
-    printed = signal_when(process, signal.SIGTERM, another_trial_is_under_way)
+    process = start(TINY, uri)
+    found.printed.append(signal_when(process, signal.SIGTERM, another_trial_is_under_way))
     assert process.returncode == 130
-    assert "Traceback" not in printed
-    assert f"raybd run {TINY} --run-dir {run_dir}" in printed
-    # What Ray would go on from, if it were asked: it is neither asked nor trusted.
-    canary = Canary(tmp_path / "canary")
-    plant(run_dir, canary)
-    stamps = {
-        name: Path(store.path(name)).stat().st_mtime_ns for name in store.names("ledger") if name.endswith("ended.json")
-    }
-    assert len(stamps) > 2  # of both pretraining runs, and of a trial
-    finish(start(TINY, run_dir))
-    assert canary.fired == []
-    for name, stamp in stamps.items():
-        assert Path(store.path(name)).stat().st_mtime_ns == stamp, f"{name} was done again"
+    plant(folder / "planted", found.canary)
+    for path in (folder / "planted").rglob("*"):
+        if path.is_file():
+            store.put(path.relative_to(folder / "planted").as_posix(), path.read_bytes())
+    before = {name: written for name, written in times(store).items() if name.endswith("ended.json")}
+    assert len(before) > 2  # of both pretraining runs, and of a trial
+    second = start(TINY, uri)
+    found.printed.append(finish(second))
+    after = times(store)
+    found.again = {name for name, written in before.items() if after[name] != written}
+    rays = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    found.sessions = [folder for driver in (process, second) for folder in rays.glob(f"session_*_{driver.pid}")]
+    return found
+
+
+def test_a_driver_that_is_ended_goes_on_and_ends_with_the_same_numbers(
+    finished: tuple[Store, str], resumed: Resumed
+) -> None:
+    """The tables are those of the run without a fault."""
+    store = resumed.store
+    assert "Traceback" not in resumed.printed[0]
+    assert f"raybd run {TINY} --run-dir {store.uri}" in resumed.printed[0]
+    assert resumed.canary.fired == []
+    assert not resumed.again, "done again"
     for table in tables.SCHEMAS:
         assert without_times(store, table).equals(without_times(finished[0], table)), table
     assert max(row["attempt"] for row in tables.read(store, "trials").to_pylist()) == 2
     # Ray's agents notice within a minute that what they served is gone.
     deadline = time.monotonic() + 90
-    while left := processes_of(run_dir):
+    while left := processes_of(store.uri):
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
+
+
+def test_a_run_on_a_bucket_is_read_while_it_goes_on(resumed: Resumed) -> None:
+    assert "running or interrupted" in resumed.read["status"]
+    assert "1 complete" in resumed.read["status"]
+    assert "front of all epochs" in resumed.read["pareto"]
+
+
+def test_credentials_are_nowhere_but_in_the_environment(
+    finished: tuple[Store, str], resumed: Resumed, bucket: Mapping[str, str]
+) -> None:
+    """All bytes of the objects, of what was printed, and of what Ray wrote."""
+    texts = [finished[1], *resumed.printed, *resumed.read.values()]
+    places = {f"text {number}": text.encode() for number, text in enumerate(texts)}
+    for store in (finished[0], resumed.store):
+        names = store.names("")
+        places |= {f"{store.uri}/{name}": held for name, held in zip(names, store.get_each(names), strict=True)}
+    assert len(resumed.sessions) == 2
+    for folder in resumed.sessions:
+        places[str(folder)] = b"".join(content(folder))
+        assert b"raylet" in places[str(folder)]
+    places["scratch"] = resumed.scratch
+    assert b"search-" in resumed.scratch
+    for name, held in places.items():
+        for secret in bucket.values():
+            assert secret.encode() not in held, name
+
+
+def test_duckdb_polars_and_pandas_read_the_same_numbers_from_the_bucket(finished: tuple[Store, str]) -> None:
+    store, _ = finished
+    ours = tables.read(store, "epochs")
+    folder = store.path("tables/epochs")
+    epochs = ds.dataset(folder, filesystem=store.fs)
+    names = ", ".join(f'"{name}"' for name in ours.column_names)
+    # Each of them in its own way; then as tables of Arrow, whose types differ in no more than the size of offsets.
+    found = {
+        "duckdb": duckdb.sql(f"SELECT {names} FROM epochs").to_arrow_table(),
+        "polars": pl.scan_pyarrow_dataset(epochs).collect().to_arrow(),
+        "pandas": pd.read_parquet(folder, filesystem=store.fs),
+    }
+    rows = sorted(map(repr, ours.to_pylist()))
+    assert len(rows) == 4 * 3 * 2
+    for reader in ("duckdb", "polars"):
+        assert sorted(map(repr, found[reader].to_pylist())) == rows, reader
+    numbers = [name for name in ours.column_names if pd.api.types.is_numeric_dtype(found["pandas"][name])]
+    assert {"epoch", "zeroshot_top1", "asr_top1", "n_clean", "hit_target", "loss"} <= set(numbers)
+    pd.testing.assert_frame_equal(found["pandas"][numbers], ours.to_pandas()[numbers])
+    best = duckdb.sql("""
+        SELECT objective, max(zeroshot_top1 * (1 - asr_top1)), sum(hit_target) FROM epochs
+        WHERE split = 'report' GROUP BY objective ORDER BY objective
+    """).fetchall()
+    rows = [row for row in ours.to_pylist() if row["split"] == "report"]
+    assert best == [
+        (
+            objective,
+            max(row["zeroshot_top1"] * (1 - row["asr_top1"]) for row in rows if row["objective"] == objective),
+            sum(row["hit_target"] for row in rows if row["objective"] == objective),
+        )
+        for objective in ("mmcl", "mmcl_ssl")
+    ]
 
 
 FAULTY = """

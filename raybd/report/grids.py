@@ -27,12 +27,18 @@ def _numbers(*heads: str) -> list[Column]:
 
 def of_run(found: Mapping[str, Any], trials: Iterable[Row]) -> list[Grid]:
     """Return instability, blind choices and BatchNorm baseline of one run (`analysis.of_run`); none that is empty."""
+    return [*stability(found), *blind(found, trials)]
+
+
+def stability(found: Mapping[str, Any]) -> list[Grid]:
+    """Return how steady the trials of one run are (`analysis.of_run`); nothing if none was trained."""
+    return [_instability(found["instability"])] if found["instability"] else []
+
+
+def blind(found: Mapping[str, Any], trials: Iterable[Row]) -> list[Grid]:
+    """Return blind choices and BatchNorm baseline of one run (`analysis.of_run`); none that is empty."""
     names = {row["trial_id"]: words.trial_name(row["trial_id"], row) for row in trials}
-    made = (
-        _instability(found["instability"]),
-        _defender(found["defender"], names),
-        _refresh(found["batchnorm_refresh"], names),
-    )
+    made = _defender(found["defender"], names), _refresh(found["batchnorm_refresh"], names)
     return [grid for grid in made if grid.rows]
 
 
@@ -97,8 +103,6 @@ def _instability(entries: Sequence[Row]) -> Grid:
     ]
     heads = ("\ntrials", "\nsteps", "unstable\n%", "rebound\npoints", "best at\nmean", "best at\nmedian")
     columns = [Column("\npoisoned model"), Column("\nmethod"), *_numbers(*heads)]
-    if not entries:
-        return Grid("instability", "", columns, [])
     points, rises = 100 * entries[0]["top1_tolerance"], 100 * entries[0]["asr_tolerance"]
     return Grid(
         f"instability over epochs, {words.IMAGES[entries[0]['split']]}",

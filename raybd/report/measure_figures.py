@@ -58,6 +58,25 @@ def _every_epoch(summaries: Iterable[Row]) -> list[Front]:
     return [front for front in words.pair(summaries) if front.kind == "any_epoch"]
 
 
+def _fronts_side_by_side(panels: Mapping[str, Mapping[str, Front]]) -> Figure:
+    """Draw fronts into panels, each with the name of its line, which has one colour in all panels."""
+    labels = sorted({label for fronts in panels.values() for label in fronts})
+    with mpl.rc_context(RC):
+        figure, axes = _panels([*panels])
+        for axis, fronts in zip(axes, panels.values(), strict=True):
+            for label, front in fronts.items():
+                i = labels.index(label)
+                # Colours come round again after six: then the line is another.
+                style = {"color": SERIES[i % len(SERIES)], "linestyle": STYLES[i // len(SERIES) % len(STYLES)]}
+                _step(axis, _points(front.report), label=words.short(label), linewidth=1.7, **style)
+            for i, front in enumerate(fronts.values()):
+                baseline = front.report["baseline"]
+                if baseline not in [before.report["baseline"] for before in [*fronts.values()][:i]]:
+                    figures.mark_poisoned(axis, baseline)
+        figures.legend(figure, axes)
+    return figure
+
+
 def method_figure(summaries: Sequence[Row]) -> Figure | None:
     """Draw the front of each cleaning method, one panel for each poisoned model that has several methods.
 
@@ -65,25 +84,24 @@ def method_figure(summaries: Sequence[Row]) -> Figure | None:
         summaries: what `fronts.summarise` gives.
     """
     fronts = _every_epoch(summaries)
-    models = [front.name for front in fronts if front.method == ALL_METHODS]
-    if not models:
-        return None
-    methods = sorted({front.method for front in fronts} - {ALL_METHODS})
-    with mpl.rc_context(RC):
-        figure, axes = _panels(models)
-        for front in fronts:
-            if front.method == ALL_METHODS or front.name not in models:
-                continue
-            i = methods.index(front.method)
-            # Colours come round again after six: then the line is another.
-            style = {"color": SERIES[i % len(SERIES)], "linestyle": STYLES[i // len(SERIES) % len(STYLES)]}
-            axis = axes[models.index(front.name)]
-            _step(axis, _points(front.report), label=words.short(front.method), linewidth=1.7, **style)
-        for axis, model in zip(axes, models, strict=True):
-            whole = next(front for front in fronts if (front.name, front.method) == (model, ALL_METHODS))
-            figures.mark_poisoned(axis, whole.report["baseline"])
-        figures.legend(figure, axes)
-    return figure
+    panels: dict[str, dict[str, Front]] = {front.name: {} for front in fronts if front.method == ALL_METHODS}
+    for front in fronts:
+        if front.method != ALL_METHODS and front.name in panels:
+            panels[front.name][front.method] = front
+    return _fronts_side_by_side(panels) if panels else None
+
+
+def run_figure(summaries: Mapping[str, Sequence[Row]]) -> Figure | None:
+    """Draw the front of each run, one panel for each pretrain objective, of all methods where there are several.
+
+    Args:
+        summaries: for each run what `fronts.summarise` gives.
+    """
+    panels: dict[str, dict[str, Front]] = {}
+    for run, found in summaries.items():
+        for front in words.shown_fronts(_every_epoch(found)):
+            panels.setdefault(front.name, {})[run] = front
+    return _fronts_side_by_side(panels) if panels else None
 
 
 def instability_figure(entries: Sequence[Row]) -> Figure | None:
@@ -154,32 +172,62 @@ def defender_figure(entries: Sequence[Row], summaries: Sequence[Row]) -> Figure 
     return figure
 
 
-def difference_figure(entries: Sequence[Row]) -> Figure | None:
-    """Draw each difference between pretrain objectives with its interval, one panel for each measure.
+def _interval_figure(entries: Sequence[Row], value: str, names: Sequence[str], *, zero: bool) -> Figure | None:
+    """Draw values with their intervals, one panel for each measure, one line for each name.
 
     Args:
-        entries: `differences` of `analysis.analyse`.
+        entries: with `measure`, `low`, `high` and the value.
+        names: of each entry's line.
+        zero: whether 0 is marked.
     """
-    known = [entry for entry in entries if entry["difference"] is not None and entry["low"] is not None]
+    known = [pair for pair in zip(entries, names, strict=True) if pair[0][value] is not None]
+    known = [pair for pair in known if pair[0]["low"] is not None]
     if not known:
         return None
-    lines = list(dict.fromkeys((e["first"], e["second"], e["method"]) for e in known))
+    lines = list(dict.fromkeys(name for _, name in known))
     with mpl.rc_context(RC):
         figure = figures.canvas(10.2, 1.2 + 0.36 * len(lines))
         axes = figures.axes_grid(figure, len(MEASURES), sharey=True)[0]
         for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
-            axis.axvline(0, color=POISONED, linewidth=1.0, linestyle="--")
-            for entry in known:
+            if zero:
+                axis.axvline(0, color=POISONED, linewidth=1.0, linestyle="--")
+            for entry, name in known:
                 if entry["measure"] != measure:
                     continue
-                row = len(lines) - 1 - lines.index((entry["first"], entry["second"], entry["method"]))
+                row = len(lines) - 1 - lines.index(name)
                 axis.plot([100 * entry["low"], 100 * entry["high"]], [row, row], color=FRONT, linewidth=2.2)
-                axis.plot(100 * entry["difference"], row, linestyle="", marker="o", markersize=6, color=FRONT)
+                axis.plot(100 * entry[value], row, linestyle="", marker="o", markersize=6, color=FRONT)
             axis.set_xlabel(label)
-        names = [f"{first} − {second}, {words.method_name(method)}" for first, second, method in reversed(lines)]
-        axes[0].set_yticks(range(len(lines)), [*map(words.short, names)])
+        axes[0].set_yticks(range(len(lines)), [*map(words.short, reversed(lines))])
         axes[0].set_ylim(-0.6, len(lines) - 0.4)
     return figure
+
+
+def difference_figure(entries: Sequence[Row]) -> Figure | None:
+    """Draw each difference between pretrain objectives or runs with its interval, one panel for each measure.
+
+    Args:
+        entries: `differences` of `analysis.analyse`, or what `analysis.between_runs` gives.
+    """
+    names = [
+        ", ".join([f"{entry['first']} − {entry['second']}", *_objective(entry), words.method_name(entry["method"])])
+        for entry in entries
+    ]
+    return _interval_figure(entries, "difference", names, zero=True)
+
+
+def worth_figure(entries: Sequence[Row]) -> Figure | None:
+    """Draw what each run's fronts are worth with its interval, one panel for each measure.
+
+    Args:
+        entries: what `analysis.worths` gives.
+    """
+    names = [", ".join([entry["run"], *_objective(entry), words.method_name(entry["method"])]) for entry in entries]
+    return _interval_figure(entries, "value", names, zero=False)
+
+
+def _objective(entry: Row) -> list[str]:
+    return [entry["objective"]] if "objective" in entry else []
 
 
 def attainment_figure(entries: Sequence[Mapping[str, Any]]) -> Figure | None:
