@@ -45,7 +45,7 @@ $(STAMP): requirements.lock pyproject.toml
 # The lock names versions only: which registry they come from is the machine's business.
 lock: $(STAMP)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-	  --extra s3 --extra text --group dev pyproject.toml --output-file requirements.lock
+	  --extra notebooks --extra s3 --extra text --group dev pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

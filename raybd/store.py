@@ -154,10 +154,9 @@ class Store:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _awaited(self, name: str, fetched: Future[bytes]) -> bytes:
-        try:
-            return fetched.result()
-        except OSError:
-            return self.get(name)  # here is who waits for the storage, or tells of the failure
+        if isinstance(fetched.exception(), OSError):
+            return self.get(name)  # who waits for the storage, or tells of the failure, is here
+        return fetched.result()
 
     def _read(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.path(name)) as stream:

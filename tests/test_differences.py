@@ -192,3 +192,34 @@ def test_differences_and_attainment_of_several_runs() -> None:
     found = analysis.analyse([*one, alone])
     assert found["differences"] == []
     assert [entry["objective"] for entry in found["attainment"]] == ["mmcl"]
+
+
+def test_what_a_front_is_worth_and_how_far_it_hangs_on_single_trials() -> None:
+    good, poor = [(0.59, 0.02, 0.57, 0.03)], [(0.5, 0.6, 0.48, 0.62)]
+    rows = _rows([good, *[poor] * 4])
+    run = analysis.Run("one", rows, _trials(rows))
+    found = {entry["measure"]: entry for entry in analysis.worths([run], resamples=400)}
+    assert [found[name]["value"] for name in found] == pytest.approx(_slow(rows, _trials(rows)))
+    share = found["hypervolume_share"]
+    assert (share["run"], share["objective"], share["method"], share["trials"]) == ("one", "mmcl", "cleanclip", 5)
+    # Without the one good trial, which a third of all draws lack, the front is that of the poor ones.
+    without = _slow(_rows([poor]), _trials(_rows([poor])))[0]
+    assert (share["low"], share["high"]) == pytest.approx((without, share["value"]))
+    # A draw that lacks it has no point of so low an ASR, and counts as none.
+    assert found["best_top1_at_asr_0.05"]["low"] == found["best_top1_at_asr_0.05"]["value"] == 0.57
+    assert 0.55 < found["best_top1_at_asr_0.05"]["resamples"] / 400 < 0.8
+    assert analysis.worths([run], resamples=400) == list(found.values())
+
+
+def test_runs_differ_by_objective_and_method_where_both_have_them() -> None:
+    good, poor = _rows([[(0.59, 0.02, 0.57, 0.03)]] * 3), _rows([[(0.5, 0.6, 0.48, 0.62)]] * 3)
+    other = _rows([[(0.59, 0.02, 0.57, 0.03)]] * 3, objective="ssl")
+    runs = [
+        analysis.Run("a", good, _trials(good)),
+        analysis.Run("b", [*poor, *other], [*_trials(poor), *_trials(other)]),
+    ]
+    found = analysis.between_runs(runs, resamples=50)
+    whose = [(e["objective"], e["method"], e["first"], e["second"], e["measure"]) for e in found]
+    assert whose == [("mmcl", "cleanclip", "a", "b", measure.value) for measure in differences.Measure]
+    expected = _slow(good, _trials(good))[0] - _slow(poor, _trials(poor))[0]
+    assert [found[0][name] for name in ("difference", "low", "high")] == pytest.approx([expected] * 3)

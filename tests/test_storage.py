@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from raybd import lock, signals
+from raybd import lock, signals, tables
 from raybd.assignment import remove_leftovers
-from raybd.errors import LockedError, StorageError
+from raybd.errors import DataError, LockedError, StorageError
+from raybd.ledger import Kind, Ledger
 from raybd.lock import only_driver
 from raybd.store import Store
 
@@ -176,6 +177,124 @@ def test_every_place_that_a_run_writes_to_is_cleared(tmp_path: Path) -> None:
         path.with_name(f".{path.name}.0123abcd").write_bytes(b"half")
     remove_leftovers(store)
     assert files(store) == sorted(places)
+
+
+# --- many files of a bucket
+
+MANY = [f"many/{number:03d}" for number in range(100)]
+
+
+class Answers:
+    """Stands between a store and its filesystem: counts who reads at once, and fails where it is told to."""
+
+    def __init__(self, filesystem: fs.FileSystem, fails: dict[str, int]) -> None:
+        self._filesystem, self._fails = filesystem, fails
+        self._lock, self._now = threading.Lock(), 0
+        self.most, self.opened = 0, list[str]()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._filesystem, name)
+
+    @contextmanager
+    def open_input_stream(self, path: str) -> Iterator[object]:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self.opened.append(path)
+            left = self._fails.get(path, 0)
+            self._fails[path] = left - 1
+        try:
+            time.sleep(0.002 * (len(self.opened) % 5))  # later ones are there before earlier ones
+            if left > 0:
+                raise OSError(errno.EIO, "Input/output error")
+            with self._filesystem.open_input_stream(path) as stream:
+                yield stream
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+def bucket_of_many(*, patience: float = 20, **fails: int) -> tuple[Store, Answers]:
+    """Return a store that is not local, with the files of `MANY`; how often which of them, by number, fail."""
+    store = Store("mock:///bucket", patience=patience)
+    store.fs.create_dir("bucket/many")
+    for name in MANY:
+        store.put(name, name.encode())
+    store.fs = Answers(store.fs, {f"bucket/many/{number[1:]}": times for number, times in fails.items()})
+    return store, store.fs
+
+
+def test_files_of_a_bucket_are_fetched_side_by_side_and_come_in_order() -> None:
+    store, answers = bucket_of_many()
+    assert list(store.get_each(MANY)) == [name.encode() for name in MANY]
+    assert 1 < answers.most <= 16
+    assert sorted(answers.opened) == [f"bucket/{name}" for name in MANY], "each once"
+
+
+def test_no_more_files_are_held_than_are_fetched_at_once() -> None:
+    store, answers = bucket_of_many()
+    contents = store.get_each(MANY)
+    assert [next(contents), next(contents)] == [b"many/000", b"many/001"]
+    time.sleep(0.3)
+    assert len(answers.opened) <= 17
+    contents.close()
+
+
+def test_a_file_that_fails_for_a_while_is_waited_for_in_its_turn(caplog: pytest.LogCaptureFixture) -> None:
+    store, _ = bucket_of_many(_003=2, _050=1)
+    assert list(store.get_each(MANY)) == [name.encode() for name in MANY]
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot read bucket/many/003: input/output error; trying again"
+    ]
+
+
+def test_the_error_of_the_first_file_that_has_one_is_told() -> None:
+    store, _ = bucket_of_many(patience=0, _040=99, _042=99)
+    names = [*MANY[:41], "many/absent", *MANY[41:]]
+    contents, read = store.get_each(names), list[bytes]()
+    with pytest.raises(StorageError, match="cannot read it: input/output error") as failed:
+        read.extend(contents)
+    assert failed.value.where == "bucket/many/040"
+    assert len(read) <= 40
+    with pytest.raises(DataError, match="no such file in the run directory") as absent:
+        list(store.get_each(["many/000", "many/absent", "many/042"]))
+    assert absent.value.where == "bucket/many/absent"
+
+
+def test_ledger_and_tables_of_a_bucket_tell_the_first_damage_first() -> None:
+    store, _ = bucket_of_many()
+    for folder in ("ledger/trials/a", "ledger/trials/b", "tables/epochs"):
+        store.fs.create_dir(f"bucket/{folder}")
+    store.put("ledger/trials/a/ended.json", b"{")
+    store.put("ledger/trials/b/started-001.json", b"[]")
+    with pytest.raises(DataError, match="not a ledger record") as caught:
+        Ledger(store).entries(Kind.TRIAL)
+    assert caught.value.where == "bucket/ledger/trials/a/ended.json"
+    store.put("tables/epochs/a.parquet", b"damaged")
+    store.put("tables/epochs/b.parquet", b"too")
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
+        tables.read(store, "epochs")
+    assert caught.value.where == "bucket/tables/epochs/a.parquet"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKIAKEY:SECRET@bucket/run", "s3://…@bucket/run"),
+        ("s3://AKIAKEY:SEC/RET+@bucket/run?region=x", "s3://…@bucket/run?region=x"),
+        ("s3://AKIAKEY:1234SECRET@bucket/run", "s3://…@bucket/run"),
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_shown(uri: str, shown: str) -> None:
+    with pytest.raises(DataError, match="holds credentials") as caught:
+        Store(uri)
+    assert caught.value.where == shown
+    assert "SEC" not in str(caught.value).replace("AWS_SECRET_ACCESS_KEY", "")
+
+
+@pytest.mark.parametrize("uri", ["mock:///bucket/a:b@c", "s3://bucket/run@1?endpoint_override=127.0.0.1:9000", "a:b@c"])
+def test_other_addresses_may_hold_what_looks_like_them(uri: str) -> None:
+    assert Store(uri).root.endswith(("a:b@c", "run@1"))
 
 
 # --- one driver

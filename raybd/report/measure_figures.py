@@ -19,6 +19,8 @@ from raybd.report.figures import ACCURACY, ASR, FRONT, MARKERS, PAGE, POINT, POI
 from raybd.report.grids import MEASURES, RULES
 from raybd.report.words import Front, Row
 
+_LINES = tuple(colour for colour in SERIES if colour != SERIES[1])  # that is the poisoned model's, nearly
+
 
 def _panels(names: Sequence[str], *, share: bool = True) -> tuple[Figure, list[Axes]]:
     """Return a figure with one panel for each poisoned model, of accuracy against ASR."""
@@ -66,8 +68,8 @@ def _fronts_side_by_side(panels: Mapping[str, Mapping[str, Front]]) -> Figure:
         for axis, fronts in zip(axes, panels.values(), strict=True):
             for label, front in fronts.items():
                 i = labels.index(label)
-                # Colours come round again after six: then the line is another.
-                style = {"color": SERIES[i % len(SERIES)], "linestyle": STYLES[i // len(SERIES) % len(STYLES)]}
+                # Colours come round again after five: then the line is another.
+                style = {"color": _LINES[i % len(_LINES)], "linestyle": STYLES[i // len(_LINES) % len(STYLES)]}
                 _step(axis, _points(front.report), label=words.short(label), linewidth=1.7, **style)
             for i, front in enumerate(fronts.values()):
                 baseline = front.report["baseline"]
@@ -168,7 +170,7 @@ def defender_figure(entries: Sequence[Row], summaries: Sequence[Row]) -> Figure 
                     clip_on=False,
                 )
             figures.mark_poisoned(axis, front.report["baseline"])
-        figures.legend(figure, axes, columns=5)
+        figures.legend(figure, axes, columns=3)
     return figure
 
 
@@ -191,9 +193,11 @@ def _interval_figure(entries: Sequence[Row], value: str, names: Sequence[str], *
         for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
             if zero:
                 axis.axvline(0, color=POISONED, linewidth=1.0, linestyle="--")
-            for entry, name in known:
-                if entry["measure"] != measure:
-                    continue
+            here = [pair for pair in known if pair[0]["measure"] == measure]
+            if not here:
+                axis.text(0.5, 0.5, "no point qualifies", ha="center", va="center", transform=axis.transAxes)
+                axis.set_xticks([])
+            for entry, name in here:
                 row = len(lines) - 1 - lines.index(name)
                 axis.plot([100 * entry["low"], 100 * entry["high"]], [row, row], color=FRONT, linewidth=2.2)
                 axis.plot(100 * entry[value], row, linestyle="", marker="o", markersize=6, color=FRONT)
