@@ -196,7 +196,7 @@ def _interval_figure(entries: Sequence[Row], value: str, names: Sequence[str], *
             here = [pair for pair in known if pair[0]["measure"] == measure]
             if not here:
                 axis.text(0.5, 0.5, "no point qualifies", ha="center", va="center", transform=axis.transAxes)
-                axis.set_xticks([])
+                axis.tick_params(axis="x", labelcolor="none", length=0)
             for entry, name in here:
                 row = len(lines) - 1 - lines.index(name)
                 axis.plot([100 * entry["low"], 100 * entry["high"]], [row, row], color=FRONT, linewidth=2.2)
