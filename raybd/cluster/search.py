@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter
@@ -22,6 +23,12 @@ from raybd.failures import SPOILING
 from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
 from raybd.study import Failure, Study
+
+# Tune would copy the driver's credentials into the runtime environment of trials, which Ray stores and writes into its
+# logs. As all processes of a cluster, trials have those of the machine that they are on.
+class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+)
 
 _IDLE_ROUNDS = 3  # how often a search may end with trials left and nothing done
 
