@@ -21,7 +21,7 @@ from raybd.study import Failure, Stopping, Study
 
 # Of a run directory: what raybd writes there.
 _FOLDERS = ("ledger", "tables", "state", "progress", "pretrained", "weights", "errors", "jobs")
-_FILES = ("study.json", "skipped.json", "preview.png", "report.html", "driver.lock", "stop.json")
+_FILES = ("study.json", "skipped.json", "preview.png", "examples.json", "report.html", "driver.lock", "stop.json")
 
 Notify = Callable[[int, dict[str, Any]], None]
 

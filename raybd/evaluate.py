@@ -340,8 +340,13 @@ def _halves(in_search: NDArray[np.bool_]) -> tuple[tuple[str, NDArray[np.bool_]]
 
 
 def _predict(clip: Clip, images_BCHW: Tensor, classes_CD: Tensor) -> Tensor:
+    return cosines(clip, images_BCHW, classes_CD).argmax(dim=-1)
+
+
+def cosines(clip: Clip, images_BCHW: Tensor, classes_CD: Tensor) -> Tensor:
+    """Return how alike uint8 images and classes are, float32 [B, C]."""
     pixels = clip.normalise(images_BCHW).contiguous(memory_format=torch.channels_last)
     features = clip.net.encode_image(pixels, normalize=True).float()
     # Outside autocast: in bf16 close classes would tie, and a tie goes to the lowest class number.
     with torch.autocast(images_BCHW.device.type, enabled=False):
-        return (features @ classes_CD.T).argmax(dim=-1)
+        return features @ classes_CD.T

@@ -217,7 +217,7 @@ def evaluate_run(
     """
     study, record = study_of(store)
     models = points(store, record, chosen)
-    evaluator, device = Evaluator(study, request), _device()
+    evaluator, device = Evaluator(study, request), device_here()
     found = []
     for number, point in enumerate(models, start=1):
         weights = checkpoint.from_bytes(store.get(point.checkpoint), where=store.path(point.checkpoint))
@@ -239,7 +239,7 @@ def evaluate_file(path: str, request: Request, *, study: str, model: str | None 
     """
     found = load(study, overrides=[f"model.name={model}"] if model else [])
     evaluator = Evaluator(found, request)
-    rows = evaluator.rows(Point(path), checkpoint.read(path), device=_device())
+    rows = evaluator.rows(Point(path), checkpoint.read(path), device=device_here())
     return _whole({**row, "study_hash": found.hash()} for row in rows)
 
 
@@ -248,7 +248,8 @@ def _whole(rows: Iterable[Row]) -> list[Row]:
     return [{**dict.fromkeys(tables.SCHEMAS["evaluations"].names), **row} for row in rows]
 
 
-def _device() -> torch.device:
+def device_here() -> torch.device:
+    """Return the first GPU of this process, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from enum import IntEnum
 
-from raybd import provenance, tables
+from raybd import provenance, run_record, tables
 from raybd.console import View
 from raybd.errors import StudyError, TrialError
 from raybd.failures import traceback_name
@@ -196,6 +196,17 @@ class Run(StudyDirectory):
         for objective, value in asr.items():
             if value < STRONG:
                 self.view.warn(f"the attack took incompletely in {objective}: ASR {value:.2%} is under {STRONG:.0%}")
+
+    def finish(self) -> Outcome:
+        """Write fronts, what the models say of some test images, and the report, from what there is."""
+        from raybd import predictions
+        from raybd.evaluations import device_here
+
+        self._update_fronts()
+        rows = tables.read(self.store, "fronts").to_pylist()
+        points = predictions.shown_points(self.store, run_record.read(self.store)["pretrain_ids"], rows)
+        predictions.update(self.store, self.inputs, points, device=device_here())
+        return super().finish()
 
     def search(self, ids: dict[str, str]) -> None:
         """Run the trials that have not ended."""

@@ -162,7 +162,7 @@ def test_half_written_files_of_killed_writers_are_removed(tmp_path: Path) -> Non
 
 def test_every_place_that_a_run_writes_to_is_cleared(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    places = ["driver.lock", "preview.png", "report.html", "skipped.json", "stop.json", "study.json"]
+    places = ["driver.lock", "examples.json", "preview.png", "report.html", "skipped.json", "stop.json", "study.json"]
     places += [
         "errors/t.txt",
         "jobs/j.json",

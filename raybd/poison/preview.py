@@ -13,12 +13,23 @@ from torch import Tensor
 from raybd.poison.plan import PoisonPlan
 
 _SIDE, _GAP, _TEXT = 160, 12, 46
+_GREY = 235
 
 
-def _picture(image_CHW: Tensor) -> Image.Image:
-    pixels = np.ascontiguousarray(image_CHW.numpy().transpose(1, 2, 0))
+def picture(image_CHW: Tensor) -> Image.Image:
+    """Return a uint8 image as PIL has it, in its own size."""
+    return Image.fromarray(np.ascontiguousarray(image_CHW.numpy().transpose(1, 2, 0)))
+
+
+def changed(before_CHW: Tensor, after_CHW: Tensor) -> Tensor:
+    """Return the pixels of a triggered image that the trigger changed, on grey."""
+    changed_HW = (after_CHW != before_CHW).any(dim=0)
+    return torch.where(changed_HW, after_CHW, torch.full_like(after_CHW, _GREY))
+
+
+def _large(image_CHW: Tensor) -> Image.Image:
     kind = Image.Resampling.NEAREST if image_CHW.shape[-1] < _SIDE else Image.Resampling.BICUBIC
-    return Image.fromarray(pixels).resize((_SIDE, _SIDE), kind)
+    return picture(image_CHW).resize((_SIDE, _SIDE), kind)
 
 
 def preview(images: list[Tensor], keys: list[str], plan: PoisonPlan) -> bytes:
@@ -38,11 +49,9 @@ def preview(images: list[Tensor], keys: list[str], plan: PoisonPlan) -> bytes:
         draw.text((_GAP + i * (_SIDE + _GAP), 6), title, fill="black", font=font)
     for number, (image_CHW, key) in enumerate(zip(images, keys, strict=True)):
         after_CHW = plan.image(image_CHW, key)
-        changed_HW = (after_CHW != image_CHW).any(dim=0)
-        trigger_CHW = torch.where(changed_HW, after_CHW, torch.full_like(after_CHW, 235))
         top = 24 + number * row
-        for i, shown in enumerate((image_CHW, trigger_CHW, after_CHW)):
-            sheet.paste(_picture(shown), (_GAP + i * (_SIDE + _GAP), top))
+        for i, shown in enumerate((image_CHW, changed(image_CHW, after_CHW), after_CHW)):
+            sheet.paste(_large(shown), (_GAP + i * (_SIDE + _GAP), top))
         poisoned = plan.rows[key]
         texts = {0: poisoned.caption_before, 2: poisoned.caption_after}
         if len(plan.attacks) > 1:

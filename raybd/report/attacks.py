@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from raybd.metrics import wilson
 from raybd.records import trigger_text
 from raybd.report import words
 from raybd.report.words import Row
@@ -42,7 +41,6 @@ def tried(attacks: Sequence[Row]) -> list[dict[str, Any]]:
             counts[1] += row["n_triggered"]
     found = []
     for (name, role, trigger, target), (hits, n) in pooled.items():
-        low, high = wilson(hits, n)
         found.append(
             {
                 "name": name,
@@ -50,7 +48,7 @@ def tried(attacks: Sequence[Row]) -> list[dict[str, Any]]:
                 "trigger": trigger_text(trigger),
                 "target": target,
                 "percent": words.percent(hits / n),
-                "interval": f"{words.percent(low, digits=1)}–{words.percent(high, digits=1)}",
+                "interval": words.interval({"hits": hits, "n": n}, "hits", "n"),
                 "counts": f"{hits} of {n}",
             }
         )

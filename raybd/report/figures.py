@@ -10,7 +10,7 @@ import io
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import IO, Any, TypeAlias
 
 import matplotlib as mpl
@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raybd import pareto
 from raybd.measures import REFRESH
+from raybd.metrics import wilson
 from raybd.report.words import IMAGES, objective_names, short, shown_fronts
 
 Row = Mapping[str, Any]
@@ -52,10 +53,12 @@ DARK: dict[str, str] = {
     **dict(zip(SERIES, ("#57b4e9", "#ff9242", "#1fc796", "#e3a2c6", "#e0bb3c", "#a5a8ee"), strict=True)),
     **dict(zip(_RAMP, (to_hex(_VIRIDIS(x)) for x in np.linspace(0.28, 1.0, _STEPS)), strict=True)),
 }
+PRINT_DPI = 300
 # Above so many points a scatter becomes a picture inside the SVG: the page stays small.
 _MAX_VECTOR_POINTS = 1500
 RC = {
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # fonts are embedded as TrueType: printers and journals refuse Type 3
     "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "raybd",
     "font.family": "DejaVu Sans",
@@ -195,6 +198,7 @@ def _front_panel(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> N
         label="epoch of a trial",
         rasterized=len(cleaned) > _MAX_VECTOR_POINTS,
     )
+    _intervals(axis, cleaned, {(row["trial_id"], row["epoch"]) for row in members if row["kind"] == "any_epoch"})
     for kind in ("final", "any_epoch"):
         _front_line(axis, [row for row in members if row["kind"] == kind], kind)
     refreshed = [row for row in cleaned if row["method"] == REFRESH]
@@ -204,6 +208,21 @@ def _front_panel(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> N
     poisoned = next((row for row in points if row["epoch"] == 0), None)
     if poisoned:
         mark_poisoned(axis, poisoned)
+
+
+def _intervals(axis: Axes, points: Iterable[Row], members: Collection[tuple[str, int]]) -> None:
+    """Draw the 95 % intervals of both rates through the points of a front, where they were counted."""
+    lines = []
+    for row in points:
+        if (row["trial_id"], row["epoch"]) in members and row["n_clean"] and row["n_triggered"]:
+            x, y = 100 * row["asr_top1"], 100 * row["zeroshot_top1"]
+            low, high = wilson(row["hit_target"], row["n_triggered"])
+            lines.append([(100 * low, y), (100 * high, y)])
+            low, high = wilson(row["correct_clean"], row["n_clean"])
+            lines.append([(x, 100 * low), (x, 100 * high)])
+    if lines:
+        label = "95 % intervals of its points"
+        axis.add_collection(LineCollection(lines, colors=FRONT, alpha=0.45, linewidths=0.9, zorder=3, label=label))
 
 
 def mark_poisoned(axis: Axes, point: Row) -> None:
@@ -357,6 +376,13 @@ def png(figure: Figure, *, dpi: int = 150) -> bytes:
     """Return a figure as PNG, on a white ground."""
     sink = io.BytesIO()
     _save(figure, sink, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return sink.getvalue()
+
+
+def pdf(figure: Figure) -> bytes:
+    """Return a figure as PDF, fonts embedded, on a white ground; the same bytes whenever it is drawn anew."""
+    sink = io.BytesIO()
+    _save(figure, sink, format="pdf", dpi=PRINT_DPI, facecolor="white", metadata={"CreationDate": None})
     return sink.getvalue()
 
 

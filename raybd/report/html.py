@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from raybd import analysis, pareto, run_record, tables
 from raybd import fronts as front_maths
 from raybd.fronts import ALL_METHODS
-from raybd.metrics import ALIKE, STRONG, wilson
+from raybd.metrics import ALIKE, STRONG
 from raybd.plain import plain
 from raybd.report import attacks, figures, grids, measure_figures, words
 from raybd.report.words import Front, Grid, Row
@@ -105,12 +105,8 @@ def _rate(row: Row, rate: str, hits: str, n: str) -> dict[str, str]:
     """Return one measured share for a reader: percent, Wilson interval, counts."""
     if row[hits] is None or not row[n]:
         return {"percent": words.percent(row[rate]), "interval": "", "counts": ""}
-    low, high = wilson(row[hits], row[n])
-    return {
-        "percent": words.percent(row[rate]),
-        "interval": f"{words.percent(low, digits=1)}–{words.percent(high, digits=1)}",
-        "counts": f"{row[hits]} of {row[n]}",
-    }
+    counts = f"{row[hits]} of {row[n]}"
+    return {"percent": words.percent(row[rate]), "interval": words.interval(row, hits, n), "counts": counts}
 
 
 # What was attacked, and the poisoned models

@@ -41,15 +41,33 @@ def _panels(names: Sequence[str], *, share: bool = True) -> tuple[Figure, list[A
     return figure, found
 
 
-def _step(axis: Axes, points: Iterable[Sequence[float]], **style: Any) -> None:
-    """Draw the border of what (accuracy, ASR) points dominate."""
+def _border(points: Iterable[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ASR and accuracy, in percent, of the steps round what (accuracy, ASR) points dominate."""
     ordered = np.array(sorted(points, key=lambda point: (point[1], point[0])), dtype=np.float64).reshape(-1, 2)
     if not len(ordered):
-        axis.plot([], [], **style)
-        return
+        return np.zeros(0), np.zeros(0)
     reach = np.maximum.accumulate(ordered[:, 0])
     asr = np.append(ordered[:, 1], max(1.0, ordered[-1, 1]))
-    axis.step(100 * asr, 100 * np.append(reach, reach[-1]), where="post", **style)
+    return 100 * asr, 100 * np.append(reach, reach[-1])
+
+
+def _step(axis: Axes, points: Iterable[Sequence[float]], **style: Any) -> None:
+    """Draw the border of what (accuracy, ASR) points dominate."""
+    axis.step(*_border(points), where="post", **style)
+
+
+def _band(axis: Axes, outer: Iterable[Sequence[float]], inner: Iterable[Sequence[float]]) -> None:
+    """Shade what the first points dominate and the second do not."""
+    (outer_asr, outer_top1), (inner_asr, inner_top1) = _border(outer), _border(inner)
+    if not len(outer_asr) or not len(inner_asr):
+        return
+    asr = np.union1d(outer_asr, inner_asr)
+
+    def reach(at: np.ndarray, top1: np.ndarray) -> np.ndarray:
+        return top1[np.maximum(np.searchsorted(at, asr, side="right") - 1, 0)]
+
+    heights = reach(inner_asr, inner_top1), reach(outer_asr, outer_top1)
+    axis.fill_between(asr, *heights, step="post", color=FRONT, alpha=0.13, linewidth=0, label="between best and worst")
 
 
 def _points(entry: Row) -> list[tuple[float, float]]:
@@ -246,6 +264,8 @@ def attainment_figure(entries: Sequence[Mapping[str, Any]]) -> Figure | None:
         titles = [f"{entry['objective']} cleaned by {words.method_name(entry['method'])}" for entry in entries]
         figure, axes = _panels(titles)
         for axis, entry in zip(axes, entries, strict=True):
+            levels = list(entry["levels"].values())
+            _band(axis, levels[0]["points"], levels[-1]["points"])
             for i, (name, level) in enumerate(entry["levels"].items()):
                 label = f"{name}: attained by {level['attained_by']} of {entry['runs']} runs"
                 _step(axis, level["points"], color=SERIES[i], linestyle=STYLES[i], linewidth=1.8, label=label)

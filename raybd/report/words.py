@@ -40,6 +40,14 @@ def share(count: int, n: int) -> str:
     return f"{percent(count / n)} [{percent(low, digits=1)}, {percent(high, digits=1)}]"
 
 
+def interval(row: Row, hits: str, n: str) -> str:
+    """Return the 95 % Wilson interval, in percent, of a share whose counts these columns are; empty without counts."""
+    if row[hits] is None or not row[n]:
+        return ""
+    low, high = wilson(row[hits], row[n])
+    return f"{percent(low, digits=1)}–{percent(high, digits=1)}"
+
+
 def number(value: object) -> str:
     """Return a setting as a reader would write it: 1e-4 for 0.0001, no trailing zeros; a dash for nothing."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
