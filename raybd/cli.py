@@ -142,6 +142,12 @@ def _print_outcome(where: str, outcome: Outcome, view: View) -> None:
         raise typer.Exit(FAILED_TRIALS)
 
 
+def _once(runs: list[str]) -> None:
+    """Raise RaybdError where a run is given twice."""
+    if len(set(runs)) < len(runs):
+        raise RaybdError("a run is given twice", where=" ".join(runs), fix="give each run once")
+
+
 def _print_fronts(run: analysis.Run, *, kind: FrontKind) -> None:
     from raybd import fronts
     from raybd.report import grids, text
@@ -289,8 +295,7 @@ def pareto(
     from raybd.report import grids, text
     from raybd.store import Store
 
-    if len(set(runs)) < len(runs):
-        raise RaybdError("a run is given twice", where=" ".join(runs), fix="give each run once")
+    _once(runs)
     for name in runs:
         require_run(Store(name))
     read = [analysis.Run.read(name) for name in runs]
@@ -364,14 +369,25 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    seeds: Annotated[
+        list[str] | None, typer.Argument(metavar="[SEED…]", help="runs of the same study with other seeds")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="write its figures here, as PNG and PDF for print")] = None,
+) -> None:
     """Write report.html of a run from its tables."""
     from raybd.report import html
     from raybd.store import Store
 
-    store = Store(run)
-    require_run(store)
-    echo(html.write(store))
+    _once([run, *(seeds or [])])
+    store, others = Store(run), [Store(name) for name in seeds or []]
+    for found in (store, *others):
+        require_run(found)
+    echo(html.write(store, seeds=others))
+    if figures:
+        for path in html.save_figures(store, figures, seeds=others):
+            echo(str(path))
 
 
 app.command()(status)

@@ -20,7 +20,7 @@ from raybd import fronts, pareto, tables
 from raybd.points import Row
 from raybd.seeding import fork
 
-OBJECTIVES = ("zeroshot_top1", "asr_top1")
+OBJECTIVES = {"zeroshot_top1": "accuracy", "asr_top1": "ASR"}
 LEAST_TRIALS = 8  # with fewer, groups are too small to say anything
 _A_GROUP = 4  # trials, on average, at least
 _MOST_GROUPS = 5

@@ -53,7 +53,7 @@ OPTIONS = {
         "--format",
         "-f",
     },
-    "report": set(),
+    "report": {"--figures"},
     "export": {"--out", "--force"},
     "status": {"--watch"},
     "logs": set(),

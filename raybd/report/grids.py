@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raybd.fronts import ALL_METHODS, objective_names
+from raybd.importance import OBJECTIVES
 from raybd.report import words
 from raybd.report.words import Column, Grid, Row
 
@@ -210,3 +211,53 @@ def _attainment(entries: Sequence[Row]) -> Grid:
         [Column("pretrain objective"), Column("method"), *_numbers(*levels)],
         rows,
     )
+
+
+def importance(entries: Sequence[Row]) -> Grid:
+    """Return one row for each setting of each poisoned model (`importance.of_run`); those beyond chance are strong."""
+    names = objective_names(entries)
+    rows = []
+    for entry in entries:
+        shares = [entry[measure] for measure in OBJECTIVES]
+        cells = [words.percent(found[part], digits=1) for found in shares for part in ("share", "chance")]
+        who = names[entry["objective"], entry["pretrain_id"]], entry["setting"]
+        beyond = any(found["share"] > found["chance"] for found in shares)
+        rows.append(("strong" if beyond else "", (*who, str(entry["trials"]), str(entry["groups"]), *cells)))
+    heads = ("\ntrials", "\ngroups", "accuracy\n%", "by chance\n< %", "ASR\n%", "by chance\n< %")
+    return Grid(
+        "importance of each searched setting, for each search objective",
+        "share of the variance of ranks, over the best epoch of each trial, that lies between groups of trials with "
+        "alike values of that setting alone (Kruskal-Wallis η²); by chance: 19 of 20 permutations of the trials stay "
+        "below; what is not above it says nothing. Settings that work only together show little, and a search that "
+        "draws settings where it found good ones makes them less than independent",
+        [Column("\npoisoned model"), Column("\nsetting"), *_numbers(*heads)],
+        rows,
+    )
+
+
+def cost(entries: Sequence[Row]) -> Grid:
+    """Return what each stage took (`spent.stages`)."""
+    rows = [
+        (
+            "strong" if entry["stage"] == "in all" else "",
+            (
+                entry["stage"],
+                str(entry["runs"]),
+                str(entry["epochs"]),
+                "–" if entry["samples"] is None else f"{entry['samples']:,}".replace(",", "\u202f"),
+                *("–" if entry[name] is None else words.span(entry[name]) for name in _SPANS),
+            ),
+        )
+        for entry in entries
+    ]
+    heads = ("\nruns", "\nepochs", "pairs\nseen", "device\ntime", "of it\ntraining", "of it\nevaluation")
+    return Grid(
+        "cost",
+        "device time of trials from start to end, each on its device or its share of one; of pretraining the time of "
+        "training and evaluation, on all its workers at once",
+        [Column("\nstage"), *_numbers(*heads)],
+        rows,
+    )
+
+
+_SPANS = ("seconds", "train_seconds", "evaluate_seconds")

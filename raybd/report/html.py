@@ -1,29 +1,35 @@
-"""One self-contained `report.html` of a run: no script, no request, readable on a phone and in the dark.
+"""One self-contained `report.html` of a run: no request, readable on a phone and in the dark.
 
-It needs the tables and `study.json` of a run directory, nothing else; every text in them is escaped.
+It needs the tables and `study.json` of a run directory, nothing else; every text in them is escaped. Its one script is
+`report.js`, the same in every report: the page allows no other, by its hash.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from raybd import analysis, pareto, run_record, tables
+from raybd import analysis, examples, importance, run_record, tables
 from raybd import fronts as front_maths
 from raybd.fronts import ALL_METHODS
 from raybd.metrics import ALIKE, STRONG
 from raybd.plain import plain
-from raybd.report import attacks, figures, grids, measure_figures, words
+from raybd.records import trigger_text
+from raybd.report import attacks, drawn, figures, grids, spent, words
 from raybd.report.words import Front, Grid, Row
 from raybd.store import Store
 
@@ -37,45 +43,91 @@ _RATES = (
 _KINDS = {"any_epoch": "every epoch of every trial competes", "final": "only the last epoch of each trial competes"}
 
 
-def write(store: Store) -> str:
-    """Write the report into the run directory and return its path."""
-    store.put(NAME, build(store))
-    return store.path(NAME)
+@dataclass(frozen=True)
+class _Read:
+    """A run as the report needs it: its record, rows by table, and what is measured of them."""
+
+    record: Row
+    tables: Mapping[str, list[Row]]
+    measured: Mapping[str, Any]
+    important: Sequence[Row]
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw all figures."""
+        return drawn.draw(self.tables, self.measured, self.important)
 
 
-def build(store: Store) -> bytes:
-    """Return the report of a run as UTF-8 HTML; also of one that has only got as far as pretraining.
-
-    Errors: DataError if it is no run directory, or if a table is damaged.
-    """
+def _read(store: Store, seeds: Sequence[Store]) -> _Read:
     record = run_record.read(store)
     found = {name: tables.read(store, name).to_pylist() for name in tables.SCHEMAS}
     if not found["fronts"]:
         found["fronts"] = front_maths.compute(found["epochs"], found["trials"])
-    measured = analysis.analyse([analysis.Run(_location(store), found["epochs"], found["trials"])])
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    others = [
+        analysis.Run(_location(other), tables.read(other, "epochs").to_pylist(), tables.read(other, "trials").to_pylist())
+        for other in seeds
+    ]
+    measured = analysis.analyse([analysis.Run(_location(store), found["epochs"], found["trials"]), *others])
+    return _Read(record, found, measured, importance.of_run(found["epochs"], found["trials"]))
+
+
+def write(store: Store, *, seeds: Sequence[Store] = ()) -> str:
+    """Write the report into the run directory and return its path; see `build`."""
+    store.put(NAME, build(store, seeds=seeds))
+    return store.path(NAME)
+
+
+def save_figures(store: Store, folder: Path, *, seeds: Sequence[Store] = ()) -> list[Path]:
+    """Write the figures of the report into a folder, for print; see `drawn.save` and `build`."""
+    return drawn.save(_read(store, seeds).figures(), folder)
+
+
+def build(store: Store, *, seeds: Sequence[Store] = ()) -> bytes:
+    """Return the report of a run as UTF-8 HTML; also of one that has only got as far as pretraining.
+
+    Args:
+        seeds: other runs of the same study, with other seeds: differences and attainment are over all of them.
+
+    Errors: DataError if it is no run directory, or if a table is damaged.
+    """
+    run = _read(store, seeds)
+    record, found = run.record, run.tables
+    here = Path(__file__).parent
+    script = (here / "report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=_shown,
     )
+    pictures, trials = drawn.on_page(run.figures(), found)
     page = environment.get_template("report.html.j2").render(
         record=record,
         name=record["study"].get("name", "unnamed"),
         dark=Markup("".join(f"{figures.variable(light)}:{dark};" for light, dark in figures.DARK.items())),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         created=_moment(record.get("created", "")),
-        location=_location(store),
+        location=shlex.quote(_location(store)),
+        seeds=[_location(other) for other in seeds],
         attack=_attack(record["study"], found["poison_plan"], store),
+        shown=_examples(store, found),
         images=words.IMAGES,
         tried=attacks.tried(found["attacks"]),
         poisoned=_poisoned_models(found["pretrain_epochs"]),
         warnings=_warnings(found["pretrain_epochs"]),
-        cleaned=_cleaned(found),
-        measures=_measures(found, measured),
-        pictures=_pictures(found, measured),
-        trials=_trials(found),
+        cleaned=_cleaned(found, trials.number, shlex.quote(_location(store))),
+        measures=_measures(run),
+        cost=grids.cost(spent.stages(found)),
+        span=spent.span(found["trials"]),
+        devices=spent.devices(found["trials"]),
+        pictures=pictures,
+        trials=_trials(found, trials.number),
         states=Counter(row["state"] for row in found["trials"]),
         failures=[row for row in _by_number(found["trials"]) if _went_wrong(row)],
         skipped=_skipped(found, store),
         settings=words.flat(record["study"]),
+        study=yaml.safe_dump(record["study"], sort_keys=False, allow_unicode=True),
         environment=words.flat(record.get("environment", {})),
     )
     return page.encode()
@@ -116,7 +168,6 @@ def _attack(study: Row, plan: Sequence[Row], store: Store) -> dict[str, Any]:
     poison = study.get("poison", {})
     planted = attacks.planted(plan)
     preview = store.get("preview.png") if store.exists("preview.png") else b""
-    is_png = preview.startswith(b"\x89PNG\r\n\x1a\n")
     return {
         "target_class": poison.get("target_class") or (plan[0]["target_class"] if plan else ""),
         "trigger": dict(words.flat(poison.get("trigger", {}))),
@@ -124,8 +175,29 @@ def _attack(study: Row, plan: Sequence[Row], store: Store) -> dict[str, Any]:
         "planned": len(plan),
         "rate": poison.get("poison_rate"),
         "captions": plan[:_CAPTIONS],
-        "preview": f"data:image/png;base64,{base64.b64encode(preview).decode()}" if is_png else "",
+        "preview": f"data:image/png;base64,{base64.b64encode(preview).decode()}" if examples.is_png(preview) else "",
     }
+
+
+def _examples(store: Store, found: Mapping[str, list[Row]]) -> dict[str, Any] | None:
+    """Return pictures of test images, and what each model says of them; None where nobody asked the models."""
+    read = examples.read(store)
+    if read is None:
+        return None
+    trials = {row["trial_id"]: row for row in found["trials"]}
+    points = {(row["trial_id"], row["epoch"]): row for row in found["epochs"]}
+    names = words.objective_names([*found["pretrain_epochs"], *(vars(model) for model in read.models)])
+    models = []
+    for model in read.models:
+        name, trial = names[model.objective, model.pretrain_id], trials.get(model.trial_id or "")
+        who, how = f"{name}, before cleaning", ""
+        if model.trial_id is not None:
+            epoch = words.epoch(points.get((model.trial_id, model.epoch), {"epoch": model.epoch}))
+            who = f"{name}, cleaned: trial {words.trial_name(model.trial_id, trial)}, epoch {epoch}"
+            how = words.settings(trial) if trial else ""
+        models.append({"who": who, "how": how, "clean": model.clean, "triggered": model.triggered})
+    images = [{**vars(image), "trigger": trigger_text(image.trigger)} for image in read.images]
+    return {"images": images, "models": models, "templates": read.templates, "of_templates": read.of_templates}
 
 
 def _last_epochs(pretrain_epochs: Iterable[Row]) -> dict[tuple[str, str], Row]:
@@ -168,7 +240,7 @@ def _warnings(pretrain_epochs: Sequence[Row]) -> list[str]:
 # Cleaned models
 
 
-def _cleaned(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
+def _cleaned(found: Mapping[str, list[Row]], numbers: Mapping[str, int], location: str) -> list[dict[str, Any]]:
     trials = {row["trial_id"]: row for row in found["trials"]}
     measured = {(row["trial_id"], row["epoch"], row["split"]): row for row in found["epochs"]}
     groups: dict[tuple[str, str], list[Front]] = defaultdict(list)
@@ -181,13 +253,15 @@ def _cleaned(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
             "splits": tuple(reversed(kinds[0].splits)),
             "chosen": words.quoted_on(kinds[0].splits),
             "baseline": {split: kinds[0].half(split)["baseline"] for split in kinds[0].splits},
-            "fronts": [_front(front, trials, measured) for front in kinds],
+            "fronts": [_front(front, trials, measured, numbers, location) for front in kinds],
         }
         for (name, _), kinds in groups.items()
     ]
 
 
-def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row]) -> dict[str, Any]:
+def _front(
+    front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row], numbers: Mapping[str, int], location: str
+) -> dict[str, Any]:
     def point(searched: Row | None) -> dict[str, Any] | None:
         if searched is None:
             return None
@@ -198,6 +272,8 @@ def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row])
         if front.method == ALL_METHODS and trial and "method" not in json.loads(trial["params_json"] or "{}"):
             settings = f"{trial['method']}, {settings}"
         return {
+            "place": numbers.get(trial_id) if epoch else None,
+            "export": f"raybd export {location} {shlex.quote(f'{trial_id}:{epoch}')}" if searched["checkpoint"] else "",
             "trial": "–" if epoch == 0 else words.trial_name(trial_id, trial),
             "epoch": words.epoch(searched),
             "settings": "poisoned model, not cleaned" if epoch == 0 else settings,
@@ -227,29 +303,12 @@ def _front(front: Front, trials: Mapping[str, Row], measured: Mapping[Any, Row])
     }
 
 
-def _measures(found: Mapping[str, list[Row]], measured: Mapping[str, Any]) -> list[Grid]:
+def _measures(run: _Read) -> list[Grid]:
     """Return the grids of all measures."""
-    made = grids.methods(front_maths.summarise(found["fronts"]))
-    return [*made, *grids.of_run(measured["runs"][0], found["trials"]), *grids.between(measured)]
-
-
-def _pictures(found: Mapping[str, list[Row]], measured: Mapping[str, Any]) -> dict[str, Markup]:
-    """Return the figures as SVG elements; those without data are left out."""
-    drawn: dict[str, Figure | None] = {}
-    if found["epochs"]:
-        splits = front_maths.halves(found["epochs"])
-        for split in reversed(splits):
-            drawn[f"front-{split}"] = figures.front_figure(found["epochs"], found["fronts"], split=split)
-        drawn["trajectories"] = figures.trajectory_figure(found["epochs"], found["trials"], split=splits[-1])
-        run = measured["runs"][0]
-        drawn["methods"] = measure_figures.method_figure(run["fronts"])
-        drawn["instability"] = measure_figures.instability_figure(run["instability"])
-        drawn["defender"] = measure_figures.defender_figure(run["defender"], run["fronts"])
-        drawn["differences"] = measure_figures.difference_figure(measured["differences"])
-    if found["pretrain_epochs"]:
-        drawn["pretraining"] = figures.pretrain_figure(found["pretrain_epochs"])
-    # Our own drawing, its texts turned to outlines: nothing in it can be markup from elsewhere.
-    return {name: Markup(figures.svg(figure, prefix=name, themed=True)) for name, figure in drawn.items() if figure}
+    trials, measured = run.tables["trials"], run.measured
+    important = [grids.importance(run.important)] if run.important else []
+    made = grids.methods(front_maths.summarise(run.tables["fronts"]))
+    return [*made, *important, *grids.of_run(measured["runs"][0], trials), *grids.between(measured)]
 
 
 # Trials, what failed, what was skipped
@@ -267,26 +326,22 @@ def _went_wrong(trial: Row) -> bool:
     return trial["state"] in ("failed", "stopped") or bool(trial["error_type"])
 
 
-def _trials(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
+def _trials(found: Mapping[str, list[Row]], numbers: Mapping[str, int]) -> list[dict[str, Any]]:
     names = words.objective_names(found["trials"])
-    splits = front_maths.halves(found["epochs"])
-    searched: dict[str, list[Row]] = defaultdict(list)
-    reported = {}
-    for row in sorted(found["epochs"], key=lambda row: row["epoch"]):
-        if row["split"] == splits[0] and row["epoch"] > 0:
-            searched[row["trial_id"]].append(row)
-        if row["split"] == splits[-1]:
-            reported[row["trial_id"], row["epoch"]] = row
+    best = importance.best_epochs(found["epochs"])
     listed = []
     for row in _by_number(found["trials"]):
-        epochs, best = searched[row["trial_id"]], None
-        if epochs:
-            index = pareto.largest_area([e["zeroshot_top1"] for e in epochs], [e["asr_top1"] for e in epochs])
-            best = reported.get((row["trial_id"], epochs[index]["epoch"]))
-            best = best and {**best, "epoch": words.epoch(best)}
-        name = names[row["objective"], row["pretrain_id"]]
-        number = words.trial_name(row["trial_id"], row)
-        listed.append({"name": name, "row": row, "number": number, "settings": words.settings(row), "best": best})
+        point = best.get(row["trial_id"])
+        listed.append(
+            {
+                "name": names[row["objective"], row["pretrain_id"]],
+                "row": row,
+                "place": numbers[row["trial_id"]],
+                "number": words.trial_name(row["trial_id"], row),
+                "settings": words.settings(row),
+                "best": point and {**point, "epoch": words.epoch(point)},
+            }
+        )
     return listed
 
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raybd.fronts import ALL_METHODS, objective_names
+from raybd.importance import OBJECTIVES
 from raybd.report import figures, words
 from raybd.report.figures import ACCURACY, ASR, FRONT, MARKERS, PAGE, POINT, POISONED, RC, SERIES, STYLES
 from raybd.report.grids import MEASURES, RULES
@@ -269,5 +270,31 @@ def attainment_figure(entries: Sequence[Mapping[str, Any]]) -> Figure | None:
             for i, (name, level) in enumerate(entry["levels"].items()):
                 label = f"{name}: attained by {level['attained_by']} of {entry['runs']} runs"
                 _step(axis, level["points"], color=SERIES[i], linestyle=STYLES[i], linewidth=1.8, label=label)
+        figures.legend(figure, axes)
+    return figure
+
+
+def importance_figure(entries: Sequence[Row]) -> Figure | None:
+    """Draw the importance of each setting for both search objectives, with what chance brings as a dashed line.
+
+    Args:
+        entries: what `importance.of_run` gives.
+    """
+    if not entries:
+        return None
+    names = objective_names(entries)
+    labels = [f"{names[entry['objective'], entry['pretrain_id']]}: {entry['setting']}" for entry in entries]
+    rows = np.arange(len(entries))[::-1]
+    with mpl.rc_context(RC):
+        figure = figures.canvas(10.2, 1.4 + 0.32 * len(entries))
+        axes = figures.axes_grid(figure, len(OBJECTIVES), sharex=True, sharey=True)[0]
+        for axis, (measure, label) in zip(axes, OBJECTIVES.items(), strict=True):
+            axis.barh(rows, [100 * entry[measure]["share"] for entry in entries], height=0.55, color=FRONT)
+            chance = [100 * entry[measure]["chance"] for entry in entries]
+            axis.vlines(chance, rows - 0.42, rows + 0.42, color=POISONED, linestyle=(0, (2, 1)), label="by chance")
+            axis.set_xlabel(f"{label}: share of variance explained (%)")
+            axis.set_xlim(0, 100)
+        axes[0].set_yticks(rows, [*map(words.short, labels)])
+        axes[0].set_ylim(-0.6, len(entries) - 0.4)
         figures.legend(figure, axes)
     return figure

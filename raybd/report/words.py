@@ -60,6 +60,14 @@ def number(value: object) -> str:
     return str(value)
 
 
+def span(seconds: float) -> str:
+    """Return a time as `1 h 05 min`, `3 min 20 s` or `12 s`."""
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
 def short(text: str, *, most: int = 72) -> str:
     """Return a name for a figure, where a long one would leave no room for anything else: cut, on one line."""
     line = plain(" ".join(text.split()))
