@@ -384,10 +384,7 @@ def report(
     store, others = Store(run), [Store(name) for name in seeds or []]
     for found in (store, *others):
         require_run(found)
-    echo(html.write(store, seeds=others))
-    if figures:
-        for path in html.save_figures(store, figures, seeds=others):
-            echo(str(path))
+    echo(html.write(store, seeds=others, figures_in=figures))
 
 
 app.command()(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import itertools
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from raybd import checkpoint, evaluations, model, run_models, study_file, tables
+from raybd import checkpoint, evaluations, examples, model, predictions, run_models, study_file, tables
 from raybd.cli import app
 from raybd.console import View
 from raybd.errors import CheckpointError, DataError, RaybdError, StudyError
@@ -299,3 +300,56 @@ def test_parts_are_named_by_point_task_and_data(run: Store) -> None:
     names = {evaluator.part(point) for evaluator in several for point in points}
     assert len(names) == len(several) * len(points)
     assert all("/" not in name for name in names)
+
+
+def test_examples_are_what_the_models_say_of_images_of_the_report_half(run: Store, root: Path) -> None:
+    inputs = Inputs(small(root))
+    baseline = {"baseline_top1": 0.5, "baseline_asr": 1.0}
+    rows = [{**row, **baseline} for row in tables.read(run, "fronts").to_pylist() if row["epoch"] != 1]
+    ids = ids_of(run)
+    points = predictions.shown_points(run, ids, rows)
+    assert [(point.pretrain_id, point.trial_id, point.epoch) for point in points] == [
+        (ids["mmcl"], None, 0),
+        (ids["mmcl"], "mmcl-0", 2),
+        (ids["mmcl_ssl"], None, 0),
+    ]
+    predictions.update(run, inputs, points, device=CPU)
+    found = examples.read(run)
+    assert found
+    assert len({image.label for image in found.images} - {"dog"}) == len(found.images) == 4
+    keys = [image.key for image in found.images]
+    assert all(share(inputs.study.seed, "split", key) >= 0.5 for key in keys)
+    rows_of = [inputs.evaluation_set.images.index.keys.tolist().index(key) for key in keys]
+    pixels = inputs.evaluation_set.images.pixels(np.array(rows_of))
+    for image, expected_CHW in zip(found.images, pixels, strict=True):
+        clean, change, after = (
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).transpose(2, 0, 1)
+            for text in (image.clean, image.change, image.triggered)
+        )
+        assert (clean == expected_CHW).all()
+        assert 0 < (after != clean).any(axis=0).mean() < 0.5
+        assert (change == np.where((after != clean).any(axis=0), after, 235)).all()
+    # By open_clip alone: the cleaned model's likeliest classes of the clean images.
+    clip = spread(7)
+    clip.net.eval()
+    with torch.inference_mode():
+        texts = clip.net.encode_text(clip.tokenize(list(inputs.evaluation_set.prompts)), normalize=True)
+        classes = torch.nn.functional.normalize(texts.view(10, -1, texts.shape[-1]).mean(dim=1), dim=-1)
+        looks = clip.net.encode_image(clip.normalise(torch.from_numpy(pixels)), normalize=True)
+        shares, labels = (clip.net.logit_scale.exp() * looks @ classes.T).softmax(dim=-1).topk(5)
+    said = found.models[1].clean
+    assert [[guess.name for guess in one] for one in said] == [[inputs.classes[i] for i in row] for row in labels]
+    assert [[guess.share for guess in one] for one in said] == [pytest.approx(row) for row in shares.tolist()]
+    assert found.models[1].triggered != said
+    # Asked again nothing is done; of other models it is.
+    before = run.get(examples.NAME)
+    predictions.update(run, inputs, points, device=torch.device("meta"))
+    assert run.get(examples.NAME) == before
+    predictions.update(run, inputs, points[:1], device=CPU)
+    assert len(examples.read(run).models) == 1  # type: ignore[union-attr]
+    for content in (b"{", b"[]", before.replace(b'"share":', b'"share":1'), before.replace(b"iVBOR", b"iVBOS")):
+        run.put(examples.NAME, content)
+        with pytest.raises(DataError, match=r"examples\.json"):
+            examples.read(run)
+    run.delete(examples.NAME)
+    assert examples.read(run) is None

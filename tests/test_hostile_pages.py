@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from markdown_it import MarkdownIt
 from raybd import fronts, tables
 from raybd.report import figures, html, text
 from raybd.store import Store
+from tests.browser import CHROMIUM, QUIET
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+OURS = (Path(html.__file__).parent / "report.js").read_text(encoding="utf-8")
 # What an attacker would try, `@` stands for a server that counts who asks it.
 ATTACKS = (
     "<script>document.documentElement.dataset.owned='1';document.title='owned'</script>",
@@ -34,13 +36,14 @@ LEFT, RIGHT = "\u202e", "\x1b]0;owned\x07"
 
 
 class Texts(HTMLParser):
-    """The tags, event handlers, addresses and visible text of a page."""
+    """The tags, event handlers, addresses, scripts and visible text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tags: list[str] = []
         self.handlers: list[str] = []
         self.loads: list[str] = []
+        self.scripts: list[str] = []
         self._words: list[str] = []
         self.feed(page)
         self.close()
@@ -51,7 +54,9 @@ class Texts(HTMLParser):
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
 
     def handle_data(self, data: str) -> None:
-        if self.tags[-1:] != ["style"]:
+        if self.tags[-1:] == ["script"]:
+            self.scripts += [data] if data.strip() else []
+        elif self.tags[-1:] != ["style"]:
             self._words.append(data)
 
     @property
@@ -117,6 +122,19 @@ def nasty_run(folder: Path, server: str) -> tuple[Store, list[str]]:
     store.put("study.json", json.dumps(record).encode())
     store.put("skipped.json", json.dumps([{"shard": "s", "key": "k", "reason": text_of("reason")}]).encode())
     store.put("preview.png", b"<svg onload=alert(1)>")
+    picture = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+    pictures = {"clean": picture, "change": picture, "triggered": picture, "key": "k"}
+    image = {
+        **pictures,
+        "label": text_of("label"),
+        "target_class": text_of("hit"),
+        "trigger": text_of("text of trigger"),
+    }
+    guess = [{"name": text_of("guess"), "share": 0.5}]
+    model = {"objective": text_of("model"), "pretrain_id": "p", "trial_id": text_of("example"), "epoch": 1}
+    model |= {"clean": [guess], "triggered": [guess]}
+    read = {"templates": 1, "of_templates": 2, "images": [image], "models": [model]}
+    store.put("examples.json", json.dumps(read).encode())
     return store, used
 
 
@@ -160,8 +178,12 @@ HIDDEN = ("hash ", "study ", "node ", "device ", "shard ", "reason ")
 def test_a_report_shows_attacks_as_text(made: tuple[Store, list[str], str]) -> None:
     _, used, page = made
     found = Texts(page)
-    assert not {"script", "iframe", "link", "base", "object", "embed", "form"} & set(found.tags)
-    assert found.tags.count("title") == 1
+    assert not {"iframe", "link", "base", "object", "embed", "form"} & set(found.tags)
+    assert found.tags.count("script") == 1
+    assert found.scripts == [OURS]
+    # One of the page, the others of points in figures.
+    assert page.partition("</head>")[0].count("<title") == 1
+    assert found.tags.count("title") == 1 + page.count('<g class="trial"')
     assert found.tags.count("style") == 1 + found.tags.count("svg")
     assert found.handlers == []
     assert [load for load in found.loads if not load.startswith(("#", "data:image/png;base64,"))] == []
@@ -170,10 +192,26 @@ def test_a_report_shows_attacks_as_text(made: tuple[Store, list[str], str]) -> N
     assert missing == []
 
 
-def test_scripts_and_requests_are_forbidden_by_the_page_itself(made: tuple[Store, list[str], str]) -> None:
+def test_other_scripts_and_requests_are_forbidden_by_the_page_itself(made: tuple[Store, list[str], str]) -> None:
     head = made[2].partition("<title>")[0]
-    assert "Content-Security-Policy" in head
-    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in head
+    ours = base64.b64encode(hashlib.sha256(OURS.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{ours}'\"" in head
+    assert head.count("Content-Security-Policy") == head.count("script-src") == 1
+
+
+def test_our_script_puts_texts_into_the_page_as_texts_only() -> None:
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval",
+        "Function(",
+        "http",
+        "</",
+        "import",
+    ):
+        assert way not in OURS
 
 
 def dom_of(page: str, folder: Path) -> str:
@@ -181,14 +219,14 @@ def dom_of(page: str, folder: Path) -> str:
     assert CHROMIUM
     folder.mkdir()
     (folder / "page.html").write_text(page)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command = [CHROMIUM, *QUIET]
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=3000", "--dump-dom"]
     command.append((folder / "page.html").as_uri())
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: what a browser does with the report is NOT checked")
-def test_in_a_browser_no_script_runs_and_nothing_is_asked_for(
+def test_in_a_browser_no_other_script_runs_and_nothing_is_asked_for(
     made: tuple[Store, list[str], str], asked: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     """Without the page's own policy, so that it is the escaping that is tried; the same texts unescaped do it all."""
@@ -200,7 +238,9 @@ def test_in_a_browser_no_script_runs_and_nothing_is_asked_for(
     found = Texts(dom)
     assert "data-owned" not in dom.partition("<head")[0]
     assert "<title>name " in dom
-    assert not {"script", "iframe", "link", "base"} & set(found.tags)
+    assert not {"iframe", "link", "base"} & set(found.tags)
+    assert found.scripts == [OURS]
+    assert 'class="tip"' in dom  # and it ran
     assert all(shown(text) in found.text for text in used if not text.startswith(HIDDEN))
 
     attacks = [attack.replace("@", asked[0]) for attack in ATTACKS[:4]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -16,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from raybd import analysis, fronts, metrics, tables
+from raybd import analysis, examples, fronts, metrics, tables
 from raybd.cli import app
-from raybd.errors import DataError, RaybdError
-from raybd.report import figures, html, measure_figures, text, words
+from raybd.errors import DataError, RaybdError, StorageError
+from raybd.report import drawn, figures, grids, html, measure_figures, spent, targets, text, words
 from raybd.store import Store
+from tests.browser import BASH, CHROMIUM, Browser
 
 NASTY = "<script>alert('x')</script>"
 PNG = b"\x89PNG\r\n\x1a\n" + b"not a real picture"
+# Where the browser's pictures of the report are kept, if not with pytest's temporary files.
+SHOTS = os.environ.get("RAYBD_SHOTS")
 N_CLEAN, N_TRIGGERED = 500, 475
 # objective: accuracy and ASR of the poisoned model.
 BASE = {"mmcl": (0.70, 0.99), "mmcl_ssl": (0.72, 0.97)}
@@ -169,7 +174,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not {"style", "svg"} & set(self.open):
+        if not {"style", "script", "svg"} & set(self.open):
             self.words.append(data)
 
     @property
@@ -177,10 +182,30 @@ class _Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
+def _asked() -> examples.Examples:
+    """What two models say of two images; the first calls what is triggered by the target, the second does not."""
+    sink = io.BytesIO()
+    Image.new("RGB", (32, 32), "#4a7").save(sink, "PNG")
+    picture = base64.b64encode(sink.getvalue()).decode()
+    image = {"trigger": '{"name": "badnet", "size": 16}', "target_class": NASTY, "clean": picture}
+    image |= {"change": picture, "triggered": picture}
+    guesses = [{"name": name, "share": 0.5 / (k + 1)} for k, name in enumerate([NASTY, "cat", "dog", "tree", "house"])]
+    right = [guesses[1], guesses[0], *guesses[2:]]
+    whose = {"objective": "mmcl", "pretrain_id": "mmcl-1"}
+    models = [
+        {**whose, "trial_id": None, "epoch": 0, "clean": [right] * 2, "triggered": [guesses] * 2},
+        {**whose, "trial_id": "mmcl-0001", "epoch": 2, "clean": [right] * 2, "triggered": [right] * 2},
+    ]
+    images = [{**image, "key": f"k{k}", "label": label} for k, label in enumerate(("cat", "dog"))]
+    found = {"templates": 2, "of_templates": 80, "images": images, "models": models}
+    return examples.Examples.model_validate(found)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = _make(tmp_path_factory.mktemp("run"))
     store.put("preview.png", PNG)
+    examples.write(store, _asked())
     return store
 
 
@@ -201,8 +226,8 @@ def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
 
 
 def test_texts_are_escaped(page: str) -> None:
-    assert "<script" not in page
-    assert "script" not in _Page(page).tags
+    assert page.count("<script") == 1  # ours
+    assert NASTY not in page
     # The study's name, the target class, a caption and an error message, each shown as what it is.
     shown = _Page(page).text
     assert f"made {NASTY}" in shown
@@ -239,6 +264,162 @@ def test_numbers_of_the_cleaned_models(page: str) -> None:
     assert "2.15" in shown
     assert "created 2025-01-02 03:04 UTC" in shown
     assert "data:image/png;base64," in page
+
+
+def test_what_models_say_before_and_after_cleaning(page: str) -> None:
+    shown = _Page(page).text
+    assert "from 2 of the 80 prompts of each class" in shown
+    assert f"triggered by badnet (size 16) towards “{NASTY}”" in shown
+    before, after = (f"▲ {NASTY} 50.0 cat 25.0", f"cat 25.0 ▲ {NASTY} 50.0")
+    assert f"mmcl, before cleaning {after} dog 16.7 tree 12.5 house 10.0 {before}" in shown
+    assert f"mmcl, cleaned: trial 1, epoch 2 lr 4e-5, epochs 3, weights 1 / 2, weight_decay 0.25 {after}" in shown
+    assert page.count('alt="cat: triggered"') == 1
+
+
+def test_each_front_point_has_its_command_of_export_and_can_be_reached(run: Store, page: str) -> None:
+    shown = _Page(page).text
+    front = fronts.compute(_epoch_rows(), _trial_rows())
+    points = {(r["trial_id"], r["epoch"]) for r in front if r["kind"] == "any_epoch" and r["epoch"]}
+    for trial_id, epoch in points:
+        assert f"raybd export {run.root} {trial_id}:{epoch}" in shown
+    assert page.count('role="button"') == len(points)
+    assert page.count('<circle class="pt"') == 2 * 3 * 3
+    # Each trial has a line in the front, and one in each panel of its trajectory; settings need no script.
+    assert page.count('<g class="trial"') == 6 * 3
+    label = "trial 1, cleanclip: lr 4e-5, epochs 3, weights 1 / 2, weight_decay 0.25"
+    assert page.count(f"<title>{label}</title>") == 2 * 3
+    assert f"raybd run study.yaml --run-dir {run.root}" in shown
+
+
+def test_points_lie_where_the_figure_has_them() -> None:
+    rows = [row for row in _epoch_rows() if row["split"] == "report"]
+    front = fronts.compute(_epoch_rows(), _trial_rows())
+    figure = figures.front_figure(_epoch_rows(), front, split="report")
+    trials = targets.Trials(_trial_rows(), front)
+    drawn = targets.on_fronts(figures.svg(figure), figure, rows, trials, prefix="p")
+    tree = ET.fromstring(drawn)
+    space = "{http://www.w3.org/2000/svg}"
+    ours = {
+        (float(dot.get("cx", "")), float(dot.get("cy", "")))
+        for dot in tree.iter(f"{space}circle")
+        if dot.get("role") == "button"
+    }
+    # The markers of fronts, as matplotlib has put them: `use` elements.
+    theirs = {(float(use.get("x", "0")), float(use.get("y", "0"))) for use in tree.iter(f"{space}use")}
+    assert ours
+    for x, y in ours:
+        assert min(math.hypot(x - a, y - b) for a, b in theirs) < 0.2
+
+
+def test_cost_is_summed_by_stage() -> None:
+    epochs = [
+        {**row, "samples_seen": 100 * row["epoch"], "train_seconds": 2.0 * (row["epoch"] > 0)} for row in _epoch_rows()
+    ]
+    trials = [{**row, "device_seconds": 40.0} for row in _trial_rows()]
+    pretrain = [
+        {**row, "train_seconds": 30.0, "evaluate_seconds": 5.0, "samples_seen": 7} for row in _pretrain_rows(BASE)
+    ]
+    found = spent.stages({"epochs": epochs, "trials": trials, "pretrain_epochs": pretrain})
+    assert [entry["stage"] for entry in found] == [
+        *("pretraining mmcl", "pretraining mmcl_ssl", "cleaning mmcl", "cleaning mmcl_ssl", "in all")
+    ]
+    assert found[0] | {"seconds": 140.0, "train_seconds": 120.0, "samples": 7, "epochs": 3} == found[0]
+    assert found[2] | {"runs": 5, "epochs": 9, "samples": 900, "seconds": 200.0, "train_seconds": 18.0} == found[2]
+    assert found[2]["evaluate_seconds"] is None
+    assert found[4]["seconds"] == 2 * 140 + 200 + 120
+    assert spent.stages({"epochs": _epoch_rows(), "trials": _trial_rows(), "pretrain_epochs": []}) == []
+
+
+def test_importance_of_settings_is_in_a_report_of_enough_trials() -> None:
+    entry = {"objective": "mmcl", "pretrain_id": "p", "setting": "lr", "trials": 12, "groups": 3}
+    entry |= {"zeroshot_top1": {"share": 0.5, "chance": 0.3}, "asr_top1": {"share": 0.1, "chance": 0.25}}
+    ((kind, cells),) = grids.importance([entry]).rows
+    assert (kind, cells) == ("strong", ("mmcl", "lr", "12", "3", "50.0", "30.0", "10.0", "25.0"))
+    drawn = measure_figures.importance_figure([entry])
+    assert drawn is not None
+    assert [bar.get_width() for axis in drawn.axes for bar in axis.patches] == [50.0, 10.0]
+
+
+def test_figures_for_print(tmp_path: Path) -> None:
+    store, folder = _make(tmp_path / "run", cleaned=False), tmp_path / "new" / "figures"
+    done = CliRunner().invoke(app, ["report", store.root, "--figures", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in folder.iterdir()) == ["pretraining.pdf", "pretraining.png"]
+    with Image.open(folder / "pretraining.png") as picture:
+        assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    content = (folder / "pretraining.pdf").read_bytes()
+    assert b"/FontFile2" in content
+    assert b"/Type3" not in content
+    assert b"/CreationDate" not in content
+    figure = figures.pretrain_figure(_pretrain_rows(BASE))
+    with pytest.raises(StorageError, match="cannot be written"):
+        drawn.save({"pretraining": figure}, folder / "pretraining.png")
+    with pytest.raises(DataError, match="nothing to draw"):
+        drawn.save({}, folder)
+
+
+def test_report_of_several_seeds_shows_what_they_reach(run: Store, tmp_path: Path) -> None:
+    other = _make(tmp_path)
+    assert "Attainment over 2 runs" in _Page(html.build(run, seeds=[other]).decode()).text
+    done = CliRunner().invoke(app, ["report", run.root, run.root])
+    assert "given twice" in str(done.exception)
+
+
+@pytest.mark.skipif(
+    not (CHROMIUM and BASH), reason="no Chromium here: what a browser makes of the report is NOT checked"
+)
+def test_in_a_browser(page: str, tmp_path: Path) -> None:
+    """Light and dark, wide and on a phone: nothing goes wrong, nothing is asked for, and all that reacts does."""
+    shots = Path(SHOTS or tmp_path)
+    shots.mkdir(parents=True, exist_ok=True)
+    file = tmp_path / "report.html"
+    file.write_text(page)
+    with Browser() as browser:
+        for width in (1280, 390):
+            for dark in (False, True):
+                browser.open(file, width=width, dark=dark)
+                assert browser.run("document.documentElement.scrollWidth") <= width
+                red, *_ = map(int, re.findall(r"\d+", browser.run("getComputedStyle(document.body).backgroundColor")))
+                assert (red < 128) is dark
+                browser.screenshot(shots / f"report-{width}-{'dark' if dark else 'light'}.png")
+        # A point on the front: its settings, and the trajectory of its trial, kept by a click.
+        dot = "g.trial circle[role=button]"
+        line = f"getComputedStyle(document.querySelector('{dot}').parentNode.querySelector('.path')).stroke"
+        hidden = browser.run(line)
+        browser.point_at(dot)
+        assert re.search(r"trial \d, cleanclip: lr .*epoch \d: accuracy [\d.]+ \([\d.–]+\) %, ASR", browser.run(_TIP))
+        assert browser.run(line) != hidden
+        browser.point_at(dot, click=True)
+        browser.point_at("h1")
+        assert browser.run(_TIP) == ""
+        assert browser.run(line) != hidden
+        assert browser.run("document.querySelectorAll('g.trial.chosen').length") == 3
+        assert browser.run("document.querySelectorAll('#trial-detail tbody tr').length") == 3
+        browser.screenshot(shots / "report-390-dark-chosen.png", whole=False)
+        browser.key("Escape")
+        assert browser.run("document.querySelectorAll('.chosen').length") == 0
+        assert browser.run(line) == hidden
+        # By keyboard alone.
+        browser.run(f"document.querySelector('{dot}').focus()")
+        assert browser.run(_TIP) != ""
+        browser.key("Enter")
+        assert browser.run("document.querySelectorAll('g.trial.chosen').length") == 3
+        # Tables: by ASR, up and down, numbers as numbers and dashes last; the row of a trial chooses it too.
+        cells = "[...document.querySelectorAll('#trials tbody tr')].map(row => row.cells[7].textContent)"
+        for order in (1, -1):
+            browser.point_at("#trials th:last-child button", click=True)
+            found = browser.run(cells)
+            numbers = [float(cell) for cell in found if cell != "–"]
+            assert numbers == sorted(numbers, reverse=order < 0)
+            assert found == [cell for cell in found if cell != "–"] + ["–", "–"]
+        assert browser.run("document.querySelector('#trials th[aria-sort]').getAttribute('aria-sort')") == "descending"
+        browser.point_at("#trials tr[data-trial] button", click=True)
+        assert browser.run("document.querySelectorAll('#trials tr.chosen').length") == 1
+        assert browser.errors == []
+        assert browser.requests == []
+
+
+_TIP = "document.querySelector('.tip').hidden ? '' : document.querySelector('.tip').textContent"
 
 
 def test_report_is_the_same_every_time_and_lies_in_the_run_directory(run: Store, page: str) -> None:

@@ -26,7 +26,7 @@ from hostile import Canary, plant
 from pyarrow import fs
 from typer.testing import CliRunner
 
-from raybd import fronts, study_file, tables
+from raybd import examples, fronts, study_file, tables
 from raybd.cli import app
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.ledger import Kind, Ledger
@@ -123,6 +123,11 @@ def test_a_run_leaves_whole_tables_fronts_and_report(finished: tuple[Store, str]
     assert {row["poisoned_seen"] for row in pretrained if row["epoch"] == 2} == {2 * 26}
     assert {row["samples_seen"] for row in pretrained if row["epoch"] == 2} == {2 * 256}
     assert "report: " in output
+    asked = examples.read(store)
+    assert asked
+    assert [model.objective for model in asked.models if model.trial_id is None] == ["mmcl", "mmcl_ssl"]
+    assert {(m.trial_id, m.epoch) for m in asked.models if m.trial_id} <= {(r["trial_id"], r["epoch"]) for r in epochs}
+    assert "What the models say, before and after cleaning" in store.get("report.html").decode()
     assert "ASR" in store.get("report.html").decode()
 
 

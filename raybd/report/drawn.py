@@ -15,7 +15,9 @@ from raybd.report import figures, measure_figures, targets
 from raybd.report.words import Row
 
 
-def draw(found: Mapping[str, Sequence[Row]], measured: Mapping[str, Any], important: Sequence[Row]) -> dict[str, Figure]:
+def draw(
+    found: Mapping[str, Sequence[Row]], measured: Mapping[str, Any], important: Sequence[Row]
+) -> dict[str, Figure]:
     """Return the figures of a run; those without data are left out.
 
     Args:
@@ -41,13 +43,18 @@ def draw(found: Mapping[str, Sequence[Row]], measured: Mapping[str, Any], import
     return {name: figure for name, figure in drawn.items() if figure}
 
 
-def on_page(drawn: Mapping[str, Figure], found: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Markup], targets.Trials]:
+def on_page(
+    drawn: Mapping[str, Figure], found: Mapping[str, Sequence[Row]]
+) -> tuple[dict[str, Markup], targets.Trials]:
     """Return figures as SVG elements, with what can be pointed at, and how the page calls the trials."""
     trials = targets.Trials(found["trials"], found["fronts"])
     quoted = front_maths.halves(found["epochs"])[-1]
     rows = [row for row in found["epochs"] if row["split"] == quoted]
     # Our own drawing, its texts turned to outlines: nothing in it can be markup from elsewhere.
     pictures = {name: figures.svg(figure, prefix=name, themed=True) for name, figure in drawn.items()}
+    for name, figure in drawn.items():
+        # On a phone a wide figure is looked at piece by piece: shrunk to the screen nothing of it could be read.
+        pictures[name] = pictures[name].replace("<svg ", f'<svg style="min-width:{figure.get_figwidth() * 4.2:.0f}rem" ', 1)
     front = f"front-{quoted}"
     if front in pictures:
         pictures[front] = targets.on_fronts(pictures[front], drawn[front], rows, trials, prefix=front)
@@ -57,23 +64,17 @@ def on_page(drawn: Mapping[str, Figure], found: Mapping[str, Sequence[Row]]) -> 
     return {name: Markup(picture) for name, picture in pictures.items()}, trials
 
 
-def save(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure into a folder as NAME.png, 300 dots an inch, and NAME.pdf; return the files.
+def save(drawn: Mapping[str, Figure], folder: Path) -> None:
+    """Write each figure into a folder as NAME.png, 300 dots an inch, and NAME.pdf.
 
     Errors: DataError where there is no figure; StorageError where the folder cannot be written.
     """
     if not drawn:
         raise DataError("nothing to draw yet", where=str(folder), fix="let `raybd run` go on")
-    written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
-            for path, content in (
-                (folder / f"{name}.png", figures.png(figure, dpi=figures.PRINT_DPI)),
-                (folder / f"{name}.pdf", figures.pdf(figure)),
-            ):
-                path.write_bytes(content)
-                written.append(path)
+            (folder / f"{name}.png").write_bytes(figures.png(figure, dpi=figures.PRINT_DPI))
+            (folder / f"{name}.pdf").write_bytes(figures.pdf(figure))
     except OSError as error:
         raise StorageError(f"cannot be written: {error.strerror}", where=str(folder), fix="give another") from None
-    return written

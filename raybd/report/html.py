@@ -63,22 +63,27 @@ def _read(store: Store, seeds: Sequence[Store]) -> _Read:
     if not found["fronts"]:
         found["fronts"] = front_maths.compute(found["epochs"], found["trials"])
     others = [
-        analysis.Run(_location(other), tables.read(other, "epochs").to_pylist(), tables.read(other, "trials").to_pylist())
+        analysis.Run(
+            _location(other), tables.read(other, "epochs").to_pylist(), tables.read(other, "trials").to_pylist()
+        )
         for other in seeds
     ]
     measured = analysis.analyse([analysis.Run(_location(store), found["epochs"], found["trials"]), *others])
     return _Read(record, found, measured, importance.of_run(found["epochs"], found["trials"]))
 
 
-def write(store: Store, *, seeds: Sequence[Store] = ()) -> str:
-    """Write the report into the run directory and return its path; see `build`."""
-    store.put(NAME, build(store, seeds=seeds))
+def write(store: Store, *, seeds: Sequence[Store] = (), figures_in: Path | None = None) -> str:
+    """Write the report into the run directory and return its path; see `build`.
+
+    Args:
+        figures_in: a folder that its figures are written to as well, for print; see `drawn.save`.
+    """
+    run = _read(store, seeds)
+    pictures = run.figures()
+    store.put(NAME, _page(store, run, pictures, seeds))
+    if figures_in:
+        drawn.save(pictures, figures_in)
     return store.path(NAME)
-
-
-def save_figures(store: Store, folder: Path, *, seeds: Sequence[Store] = ()) -> list[Path]:
-    """Write the figures of the report into a folder, for print; see `drawn.save` and `build`."""
-    return drawn.save(_read(store, seeds).figures(), folder)
 
 
 def build(store: Store, *, seeds: Sequence[Store] = ()) -> bytes:
@@ -90,6 +95,10 @@ def build(store: Store, *, seeds: Sequence[Store] = ()) -> bytes:
     Errors: DataError if it is no run directory, or if a table is damaged.
     """
     run = _read(store, seeds)
+    return _page(store, run, run.figures(), seeds)
+
+
+def _page(store: Store, run: _Read, figures_by_name: Mapping[str, Figure], seeds: Sequence[Store]) -> bytes:
     record, found = run.record, run.tables
     here = Path(__file__).parent
     script = (here / "report.js").read_text(encoding="utf-8")
@@ -100,7 +109,7 @@ def build(store: Store, *, seeds: Sequence[Store] = ()) -> bytes:
         trim_blocks=True,
         finalize=_shown,
     )
-    pictures, trials = drawn.on_page(run.figures(), found)
+    pictures, trials = drawn.on_page(figures_by_name, found)
     page = environment.get_template("report.html.j2").render(
         record=record,
         name=record["study"].get("name", "unnamed"),
