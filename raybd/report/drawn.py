@@ -54,7 +54,9 @@ def on_page(
     pictures = {name: figures.svg(figure, prefix=name, themed=True) for name, figure in drawn.items()}
     for name, figure in drawn.items():
         # On a phone a wide figure is looked at piece by piece: shrunk to the screen nothing of it could be read.
-        pictures[name] = pictures[name].replace("<svg ", f'<svg style="min-width:{figure.get_figwidth() * 4.2:.0f}rem" ', 1)
+        pictures[name] = pictures[name].replace(
+            "<svg ", f'<svg style="min-width:{figure.get_figwidth() * 4.2:.0f}rem" ', 1
+        )
     front = f"front-{quoted}"
     if front in pictures:
         pictures[front] = targets.on_fronts(pictures[front], drawn[front], rows, trials, prefix=front)

@@ -77,6 +77,7 @@
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
     hide();
+    if (document.activeElement && document.activeElement.closest("g.trial")) document.activeElement.blur();
     if (chosen !== null) choose(chosen);
   });
   for (const row of document.querySelectorAll("tr[data-trial]")) {
