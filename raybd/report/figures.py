@@ -221,7 +221,7 @@ def _intervals(axis: Axes, points: Iterable[Row], members: Collection[tuple[str,
             low, high = wilson(row["correct_clean"], row["n_clean"])
             lines.append([(x, 100 * low), (x, 100 * high)])
     if lines:
-        label = "95 % intervals of its points"
+        label = "95 % intervals of front points"
         axis.add_collection(LineCollection(lines, colors=FRONT, alpha=0.45, linewidths=0.9, zorder=3, label=label))
 
 

@@ -118,7 +118,7 @@ def _page(store: Store, run: _Read, figures_by_name: Mapping[str, Figure], seeds
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         created=_moment(record.get("created", "")),
         location=shlex.quote(_location(store)),
-        seeds=[_location(other) for other in seeds],
+        seeds=[shlex.quote(_location(other)) for other in seeds],
         attack=_attack(record["study"], found["poison_plan"], store),
         shown=_examples(store, found),
         images=words.IMAGES,
