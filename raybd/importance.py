@@ -73,7 +73,7 @@ def of_run(epochs: Sequence[Row], trials: Iterable[Row]) -> list[dict[str, Any]]
     found = []
     for (objective, pretrain_id), own in sorted(models.items()):
         settings = [_settings(trial) for trial in own]
-        entries = []
+        entries: list[dict[str, Any]] = []
         for name in sorted({name for some in settings for name in some}):
             having = [i for i, some in enumerate(settings) if name in some]
             groups = grouped([settings[i][name] for i in having])

@@ -110,7 +110,7 @@ def _images(found: EvaluationSet, classes: Sequence[str]) -> tuple[list[Image], 
         images.append(
             Image(
                 key=key,
-                label=classes[found.images.index.labels[row]],
+                label=classes[int(found.images.index.labels[row])],
                 trigger=attack.text(),
                 target_class=attack.target_class,
                 clean=_png(before_CHW),

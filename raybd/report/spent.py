@@ -23,7 +23,7 @@ def stages(found: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     Returns: entries with stage, runs, epochs, samples (pairs seen), seconds, train_seconds and evaluate_seconds, each
         None where it is not known. Empty where no time is: of results of others.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     for key, name in words.objective_names(found["pretrain_epochs"]).items():
         rows = _of(found["pretrain_epochs"], key)
         times = {part: _sum(row[part] for row in rows) for part in _TIMES}
