@@ -9,7 +9,7 @@ from typing import Any
 
 from raybd import attainment, differences, fronts, measures, tables
 from raybd.fronts import Key, Standing
-from raybd.points import Points, Row, Trials
+from raybd.points import COLUMNS, TRIAL_COLUMNS, Points, Row, Trials
 from raybd.store import Store
 
 
@@ -28,9 +28,13 @@ class Run:
 
     @staticmethod
     def read(uri: str, *, name: str = "") -> Run:
-        """Return a run from the tables in its directory, a path or `s3://…`. Errors: as of `tables.read`."""
+        """Return a run from the tables in its directory, a path or `s3://…`, with the columns that measures look at.
+
+        Errors: as of `tables.read`.
+        """
         store = Store(uri)
-        trials, epochs = (tables.read(store, table, encoded=True) for table in ("trials", "epochs"))
+        trials = tables.read(store, "trials", columns=TRIAL_COLUMNS, encoded=True)
+        epochs = tables.read(store, "epochs", columns=COLUMNS, encoded=True)
         return Run(name or uri, Points.of_table(epochs), Trials(trials))
 
     @cached_property
@@ -90,8 +94,11 @@ class Run:
         ]
 
 
-def of_run(run: Run) -> dict[str, Any]:
+def of_run(run: Run, *, by_trial: bool = True) -> dict[str, Any]:
     """Return the measures of one run.
+
+    Args:
+        by_trial: say of each trial too how steady it is.
 
     Returns: `fronts` (`fronts.summarise`), `instability` and `defender` (one entry for each group; `measures`), and
         `batchnorm_refresh` (one entry for each poisoned model with such trials). Instability chooses nothing and is
@@ -108,7 +115,7 @@ def of_run(run: Run) -> dict[str, Any]:
     for key, rows in run.groups.items():
         same = dict(zip(("objective", "pretrain_id", "method"), key, strict=True))
         quoted = fronts.halves(rows)[-1]
-        steady = measures.instability(rows.take(rows.having("split", quoted)))
+        steady = measures.instability(rows.take(rows.having("split", quoted)), by_trial=by_trial)
         if steady:
             found["instability"].append({**same, "split": quoted, **steady})
             choices = measures.defenders_choice(rows, run.standing, run.front(key))
@@ -198,10 +205,10 @@ def across_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def analyse(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return every measure of these runs: each run's own, differences between objectives, attainment over runs."""
+def analyse(runs: Sequence[Run], *, by_trial: bool = True) -> dict[str, Any]:
+    """Return every measure of these runs: each run's own (`of_run`), differences between objectives, attainment."""
     return {
-        "runs": [of_run(run) for run in runs],
+        "runs": [of_run(run, by_trial=by_trial) for run in runs],
         "differences": between_objectives(runs),
         "attainment": across_runs(runs),
     }

@@ -305,7 +305,7 @@ def pareto(
     if format_ is Format.CSV:
         echo(text.as_csv({run.name: run.fronts for run in read}), nl=False)
         return
-    found = analysis.analyse(read)
+    found = analysis.analyse(read, by_trial=format_ is Format.JSON)
     if format_ is Format.JSON:
         echo(text.as_json(found))
         return

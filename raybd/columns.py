@@ -18,14 +18,19 @@ def encoded(column: pa.ChunkedArray) -> tuple[Codes, list[str | None]]:
     """Return a column of texts, plain or dictionaries, as codes, and the text of each; a null is a text None."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
-    # Those of a table's parts have each their own dictionary.
-    column = column.unify_dictionaries()
+    if column.num_chunks > 1:
+        # Those of a table's parts have each their own dictionary.
+        column = column.unify_dictionaries()
     if not column.num_chunks:
         return np.empty(0, dtype=np.int64), [None]
     values = [*column.chunk(0).dictionary.to_pylist(), None]
-    found = [numbers(chunk.indices) for chunk in column.chunks]
-    code_N = np.concatenate([codes for codes, _ in found]).astype(np.int64)
-    code_N[~np.concatenate([valid for _, valid in found])] = len(values) - 1
+    code_N, start = np.empty(len(column), dtype=np.int64), 0
+    for chunk in column.chunks:
+        here_N = code_N[start : start + len(chunk)]
+        here_N[:], there_N = numbers(chunk.indices)
+        if chunk.null_count:
+            here_N[~there_N] = len(values) - 1
+        start += len(chunk)
     return code_N, values
 
 
@@ -47,6 +52,8 @@ def numbers(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[n
         if found_N.dtype.kind == "f" and not there_N.all():
             found_N = np.where(there_N, found_N, np.nan)
         parts.append((found_N, there_N))
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate([found for found, _ in parts]), np.concatenate([there for _, there in parts])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations
@@ -22,6 +22,8 @@ _BLOCK = 2_000_000
 # That none of so many trials is drawn happens once in 160,000 draws.
 _LAYERS = 12
 _MOST_DRAWS = 10_000_000
+# Of more points those are left out at first that so many trials of a sample beat: none of their layers reaches them.
+_MANY_POINTS, _SAMPLE, _DEPTH = 20_000, 1000, 16
 
 
 class Measure(StrEnum):
@@ -30,6 +32,20 @@ class Measure(StrEnum):
     HYPERVOLUME_SHARE = "hypervolume_share"
     BEST_TOP1 = "best_top1_at_asr_0.05"
     BEST_ASR = "best_asr_within_1"
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Points that a pool leaves out, for many trials beat each of them.
+
+    Attributes:
+        top1_C, asr_C: `pareto.reach`: each of the points is less accurate than a corner, and has no lower ASR.
+        whole: returns the pool with them.
+    """
+
+    top1_C: Floats
+    asr_C: Floats
+    whole: Callable[[], Pool]
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Pool:
         quoted_top1_P, quoted_asr_P: the same points on the half that they are quoted on.
         num_trials: T, the number of trials.
         before, quoted_before: accuracy of the poisoned model on each half.
+        beyond: points that are left out until a selection of trials needs them; None if all are here.
     """
 
     trial_P: NDArray[np.int64]
@@ -52,6 +69,7 @@ class Pool:
     num_trials: int
     before: float
     quoted_before: float
+    beyond: Beyond | None = None
 
     def values(self, included_RT: NDArray[np.bool_]) -> Floats:
         """Return the measures, shape [R, 3], for R selections of trials; NaN where no point qualifies.
@@ -59,7 +77,13 @@ class Pool:
         Chosen on one half and quoted on the other, as `fronts.compute` and `fronts.summarise` do.
         """
         size = max(1, _BLOCK // max(1, len(self.trial_P)))
-        blocks = [self._values(self.competing_asr(included_RT[i : i + size])) for i in range(0, len(included_RT), size)]
+        every_P = np.ones(len(self.trial_P), dtype=bool)
+        blocks = []
+        for i in range(0, len(included_RT), size):
+            asr_RP = self.competing_asr(included_RT[i : i + size])
+            if self.beyond is not None and not self._covered(every_P, asr_RP).all():
+                return self.beyond.whole().values(included_RT)
+            blocks.append(self._values(asr_RP))
         return np.concatenate(blocks) if blocks else np.empty((0, len(Measure)))
 
     def resampled(self, count: int, generator: np.random.Generator) -> Floats:
@@ -69,7 +93,10 @@ class Pool:
         another point may be on its front is looked at as a whole. Where all draws together are more than ten
         million, only how many fall on such a trial is drawn, and then on which: the distribution is the same.
         """
-        kept_P = self._contenders()
+        layers = self._layers()
+        if self.beyond is not None and not self._covers(self.beyond, layers[-1]):
+            return self.beyond.whole().resampled(count, generator)
+        kept_P = self._contenders(layers)
         strong = np.unique(self.trial_P[kept_P & (self.trial_P >= 0)])
         if count * self.num_trials <= _MOST_DRAWS:
             included_RT = np.zeros((count, self.num_trials), dtype=bool)
@@ -93,18 +120,30 @@ class Pool:
             values_RM[row] = self.values(included_T[None])[0]
         return values_RM
 
-    def _contenders(self) -> NDArray[np.bool_]:
-        """Say which points fewer than `_LAYERS` other trials are known to beat, the poisoned model among them; [P].
-
-        A layer is the front of the trials that are in none before. The points of one trial do not beat each other,
-        so each layer that beats a point has another trial that does.
-        """
+    def _layers(self) -> list[NDArray[np.int64]]:
+        """Return `_LAYERS` times the points of a front: that of the trials that are in none before."""
         left = np.flatnonzero(self.trial_P >= 0)
         strong_T, layers = np.zeros(self.num_trials, dtype=bool), []
         for _ in range(_LAYERS):
             layers.append(left[pareto.records(self.asr_P[left])])
             strong_T[self.trial_P[layers[-1]]] = True
             left = left[~strong_T[self.trial_P[left]]]
+        return layers
+
+    def _covers(self, beyond: Beyond, layer: NDArray[np.int64]) -> bool:
+        """Say whether a layer beats all points that are left out: then so do those before it, and none is in them."""
+        asr_L = np.append(np.inf, self.asr_P[layer])
+        place_C = np.searchsorted(-self.top1_P[layer], -beyond.top1_C, side="right")
+        return bool((asr_L[place_C] <= beyond.asr_C).all())
+
+    def _contenders(self, layers: Iterable[NDArray[np.int64]]) -> NDArray[np.bool_]:
+        """Say which points fewer than `_LAYERS` other trials are known to beat, the poisoned model among them; [P].
+
+        The points of one trial do not beat each other, so each layer that beats a point has another trial that does.
+        """
+        strong_T = np.zeros(self.num_trials, dtype=bool)
+        for layer in layers:
+            strong_T[self.trial_P[layer]] = True
         kept = np.flatnonzero(np.append(strong_T, True)[self.trial_P])
         beaten = np.zeros(len(kept), dtype=np.int64)
         for layer in filter(len, layers):
@@ -120,10 +159,10 @@ class Pool:
         points = {name: getattr(self, name)[kept_P] for name in ("top1_P", "asr_P", "quoted_top1_P", "quoted_asr_P")}
         number_P = np.searchsorted(trials, self.trial_P[kept_P])
         number_P[self.trial_P[kept_P] < 0] = -1
-        return replace(self, trial_P=number_P, num_trials=len(trials), **points)
+        return replace(self, trial_P=number_P, num_trials=len(trials), beyond=None, **points)
 
     def _covered(self, kept_P: NDArray[np.bool_], asr_RK: Floats) -> NDArray[np.bool_]:
-        """Say of each selection of trials whether the points that are kept beat all others, shape [R].
+        """Say of each selection of trials whether the points that are kept beat all others, those beyond too; shape [R].
 
         Args:
             asr_RK: `competing_asr` of the points that are kept.
@@ -131,12 +170,15 @@ class Pool:
         rest = np.flatnonzero(~kept_P)
         # What beats the front of the others beats all of them.
         rest = rest[pareto.records(self.asr_P[rest])]
-        if not len(rest):
+        before, asr = np.cumsum(kept_P)[rest], self.asr_P[rest]  # how many that are kept come before each
+        if self.beyond is not None:
+            beyond = np.searchsorted(-self.top1_P[kept_P], -self.beyond.top1_C, side="right")
+            before, asr = np.append(before, beyond), np.append(asr, self.beyond.asr_C)
+        if not len(asr):
             return np.ones(len(asr_RK), dtype=bool)
-        before = np.cumsum(kept_P)[rest]  # how many that are kept come before each
         lowest_RK = np.minimum.accumulate(asr_RK, axis=1)
         lowest_RK = np.concatenate([np.full((len(asr_RK), 1), np.inf), lowest_RK], axis=1)
-        return np.asarray((lowest_RK[:, before] <= self.asr_P[rest]).all(axis=1))
+        return np.asarray((lowest_RK[:, before] <= asr).all(axis=1))
 
     def competing_asr(self, included_RT: NDArray[np.bool_]) -> Floats:
         """Return the ASR of points in R selections of trials, shape [R, P]; infinite for those left out."""
@@ -191,24 +233,36 @@ def pool(rows: Iterable[Row], trials: Iterable[Row] | Standing, *, model: Iterab
     top1_N, asr_N = points.column("zeroshot_top1"), points.column("asr_top1")
     # What the poisoned model beats is on no front.
     cleaned = cleaned[(top1_N[cleaned] > top1_N[start]) | (asr_N[cleaned] < asr_N[start])]
-    cleaned = standing.order(points, cleaned)
-    chosen = np.concatenate([start, cleaned])
-    number_P = np.concatenate([[-1], number_T[trial_N[cleaned]]])
-    order = np.lexsort((asr_N[chosen], -top1_N[chosen]))
-    chosen, number_P = chosen[order], number_P[order]
-    kept = _own_fronts(number_P, asr_N[chosen])
-    chosen, number_P = chosen[kept], number_P[kept]
-    quoted = _elsewhere(points, chosen, splits[-1])
-    return Pool(
-        trial_P=number_P,
-        top1_P=top1_N[chosen],
-        asr_P=asr_N[chosen],
-        quoted_top1_P=top1_N[quoted],
-        quoted_asr_P=asr_N[quoted],
-        num_trials=int(taking_part_T.sum()),
-        before=before,
-        quoted_before=quoted_before,
-    )
+
+    def gathered(cleaned: NDArray[np.int64], beyond: Beyond | None = None) -> Pool:
+        cleaned = standing.order(points, cleaned)
+        chosen = np.concatenate([start, cleaned])
+        number_P = np.concatenate([[-1], number_T[trial_N[cleaned]]])
+        order = np.lexsort((asr_N[chosen], -top1_N[chosen]))
+        chosen, number_P = chosen[order], number_P[order]
+        kept = _own_fronts(number_P, asr_N[chosen])
+        chosen, number_P = chosen[kept], number_P[kept]
+        quoted = _elsewhere(points, chosen, splits[-1])
+        return Pool(
+            trial_P=number_P,
+            top1_P=top1_N[chosen],
+            asr_P=asr_N[chosen],
+            quoted_top1_P=top1_N[quoted],
+            quoted_asr_P=asr_N[quoted],
+            num_trials=int(taking_part_T.sum()),
+            before=before,
+            quoted_before=quoted_before,
+            beyond=beyond,
+        )
+
+    if len(cleaned) <= _MANY_POINTS:
+        return gathered(cleaned)
+    some = cleaned[:: -(-len(cleaned) // _SAMPLE)]
+    some = some[np.unique(trial_N[some], return_index=True)[1]]  # of each trial one point
+    top1_C, asr_C = pareto.reach(top1_N[some], asr_N[some], depth=_DEPTH)
+    place_N = np.searchsorted(top1_C, top1_N[cleaned], side="right")
+    near = cleaned[asr_N[cleaned] < np.append(asr_C, np.inf)[place_N]]
+    return gathered(near, Beyond(top1_C, asr_C, lambda: gathered(cleaned)))
 
 
 def _own_fronts(trial_P: NDArray[np.int64], asr_P: Floats) -> NDArray[np.int64]:
@@ -230,7 +284,9 @@ def _own_fronts(trial_P: NDArray[np.int64], asr_P: Floats) -> NDArray[np.int64]:
 def _elsewhere(points: Points, chosen: NDArray[np.int64], split: str) -> NDArray[np.int64]:
     """Return the rows of the same trials and epochs on another half; the last, should there be several."""
     key_N, _ = points.key("trial_id", "epoch")
-    there = np.flatnonzero(points.having("split", split))[::-1]
+    trials = np.zeros(len(points.texts["trial_id"]), dtype=bool)
+    trials[points.column("trial_id")[chosen]] = True
+    there = np.flatnonzero(points.having("split", split) & trials[points.column("trial_id")])[::-1]
     order = np.argsort(key_N[there], kind="stable")
     there = there[order]
     place = np.searchsorted(key_N[there], key_N[chosen])

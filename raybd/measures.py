@@ -47,13 +47,18 @@ def unstable(top1: ArrayLike, asr: ArrayLike, *, top1_tolerance: float, asr_tole
 
 
 def instability(
-    rows: Iterable[Row], *, top1_tolerance: float = TOP1_TOLERANCE, asr_tolerance: float = ASR_TOLERANCE
+    rows: Iterable[Row],
+    *,
+    top1_tolerance: float = TOP1_TOLERANCE,
+    asr_tolerance: float = ASR_TOLERANCE,
+    by_trial: bool = True,
 ) -> dict[str, Any] | None:
     """Say how steady the trials of a group are; None if none has an epoch after the poisoned model.
 
     Args:
         rows: rows of the `epochs` table on one half, from epoch 0. Points without training (`alpha`) have no course.
         top1_tolerance, asr_tolerance: see `unstable`.
+        by_trial: say it of each trial too.
 
     Returns:
         trials, steps: counts of what was looked at; the step from the poisoned model to epoch 1 is one.
@@ -69,7 +74,7 @@ def instability(
     if not found["trial_id"]:
         return None
     steps, unstable = sum(found["steps"]), sum(found["unstable_steps"])
-    return {
+    whole = {
         "top1_tolerance": top1_tolerance,
         "asr_tolerance": asr_tolerance,
         "trials": len(found["trial_id"]),
@@ -80,8 +85,10 @@ def instability(
         "rebound": statistics.fmean(found["rebound"]),
         "best_at": statistics.fmean(found["best_at"]),
         "best_at_median": statistics.median(found["best_at"]),
-        "by_trial": [dict(zip(found, trial, strict=True)) for trial in zip(*found.values(), strict=True)],
     }
+    if by_trial:
+        whole["by_trial"] = [dict(zip(found, trial, strict=True)) for trial in zip(*found.values(), strict=True)]
+    return whole
 
 
 def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> dict[str, list[Any]]:
@@ -95,7 +102,7 @@ def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> dic
     firsts = np.flatnonzero(epoch_N == first_T[trial_N])
     row_T = np.zeros(len(first_T), dtype=np.int64)
     row_T[trial_N[firsts][::-1]] = firsts[::-1]
-    trials = np.unique(trial_N)
+    trials = np.flatnonzero(np.bincount(trial_N))
     trials = trials[np.lexsort((row_T[trials], first_T[trials]))]
     place_T = np.zeros(len(first_T), dtype=np.int64)
     place_T[trials] = np.arange(len(trials))

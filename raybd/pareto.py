@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,25 @@ def contenders(top1: NDArray[np.float64], asr: NDArray[np.float64]) -> NDArray[n
     best_N = np.append(few_asr, np.inf)[place_N]
     equal_N = (asr == best_N) & (top1 == np.append(few_top1, np.inf)[place_N])
     return np.flatnonzero((asr < best_N) | equal_N)
+
+
+def reach(
+    top1: NDArray[np.float64], asr: NDArray[np.float64], *, depth: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the corners, by rising accuracy, of where at least `depth` of these points beat whatever is there.
+
+    That is what is less accurate than some corner and has no lower ASR. Along the corners ASR rises with accuracy.
+    """
+    order = np.lexsort((asr, -top1))
+    lowest: list[float] = []
+    found: list[tuple[float, float]] = []
+    for accuracy, rate in zip(top1[order].tolist(), asr[order].tolist(), strict=True):
+        insort(lowest, rate)
+        del lowest[depth:]
+        if len(lowest) == depth and (not found or lowest[-1] < found[-1][1]):
+            found.append((accuracy, lowest[-1]))
+    corners_C2 = np.array(found[::-1], dtype=np.float64).reshape(-1, 2)
+    return corners_C2[:, 0].copy(), corners_C2[:, 1].copy()
 
 
 def hypervolume(top1: ArrayLike, asr: ArrayLike) -> float:

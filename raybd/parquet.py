@@ -30,16 +30,16 @@ def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool 
     Errors: DataError.
     """
     start = max(0, len(content) - _TAIL - int.from_bytes(content[-_TAIL:-4], "little"))
-    # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length.
-    plain = bytearray(content)
-    plain[start:] = content[start:].replace(b"ARROW:schema", b"other:schema")
+    # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length. The rest
+    # is not copied: of it only the columns asked for are looked at.
+    footer = content[start:].replace(b"ARROW:schema", b"other:schema")
     try:
-        file = pq.ParquetFile(pa.BufferReader(plain), arrow_extensions_enabled=False)
+        file = pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False)
         found = [field for field in file.schema_arrow if field.name in columns]
         texts = [field.name for field in found if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
         _check(file.metadata, found, where)
         whole = {"metadata": file.metadata, "arrow_extensions_enabled": False}
-        file = pq.ParquetFile(pa.BufferReader(plain), read_dictionary=texts, **whole)
+        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts, **whole)
         # Threads cost more than they bring where there is little to read.
         table = file.read(columns=[field.name for field in found], use_threads=len(content) > _SMALL)
         chunks = [chunk for name in texts for chunk in table.column(name).chunks]

@@ -18,7 +18,8 @@ _WHOSE = ("pretrain_id", "objective")
 _POINT = ("trial_id", "method", "epoch", "split", "zeroshot_top1", "asr_top1")
 # What tells a row of the table `epochs` from others.
 POINT = ("trial_id", "epoch", "objective", "pretrain_id", "method", "split")
-_REQUIRED: dict[str, tuple[str, ...]] = {
+# What a row cannot be without.
+REQUIRED: dict[str, tuple[str, ...]] = {
     "poison_plan": ("key", "trigger", "target_class", "caption_before", "caption_after"),
     "pretrain_epochs": (*_WHOSE, "epoch"),
     "attacks": (*_WHOSE, "epoch", "split", "role", "trigger", "target_class", "n_triggered", "hit_target", "asr_top1"),
@@ -73,7 +74,7 @@ def check(rows: pa.Table, *, table: str, where: str) -> None:
 
 def _faults(rows: pa.Table, table: str) -> Iterator[tuple[str, Any, str]]:
     """Yield columns with the rows, as a mask, in which they cannot be so, and what was expected."""
-    for name in _REQUIRED[table]:
+    for name in REQUIRED[table]:
         yield name, pc.is_null(rows.column(name)), "a value"
     for field in rows.schema:
         column = rows.column(field.name)

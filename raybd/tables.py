@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,6 @@ from raybd.terms import TERMS
 
 SCHEMA_VERSION = 2
 TOGETHER = 32  # trials in one part
-_SOME_PARTS = 16  # beyond, columns in one piece are faster
 
 _text, _int, _float, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us", tz="UTC")
 
@@ -285,15 +284,20 @@ def _utf8(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-def read(store: Store, table: str, *, encoded: bool = False) -> pa.Table:
+def read(store: Store, table: str, *, columns: Collection[str] | None = None, encoded: bool = False) -> pa.Table:
     """Read all parts of a table, in the order of their names; empty if there is none.
 
     Args:
+        columns: those that are needed; all by default. Of others only those are read, and looked at for what cannot be,
+            without which no row is one.
         encoded: leave texts as dictionaries, which takes less time and memory where many are the same.
 
     Errors: DataError that names a part which is damaged, written by another raybd, or has rows that cannot be.
     """
     schema = SCHEMAS[table]
+    if columns is not None:
+        needed = {*columns, *table_rules.REQUIRED[table]}
+        schema = pa.schema([field for field in schema if field.name in needed])
     found: list[tuple[str, pa.Table]] = []
     try:
         names = store.names(f"tables/{table}", suffix=".parquet")
@@ -301,11 +305,11 @@ def read(store: Store, table: str, *, encoded: bool = False) -> pa.Table:
             where = store.path(name)
             found.append((where, _part(content, schema, where)))
     except DataError:
-        _check(found, table)  # what is wrong in an earlier part is told first
+        _check(found, table, schema)  # what is wrong in an earlier part is told first
         raise
     if not found:
         return schema.empty_table()
-    rows = _check(found, table)
+    rows = _check(found, table, schema)
     if table == "epochs":
         table_rules.check_points(rows, where=store.path(f"tables/{table}"))
     return rows if encoded else rows.cast(schema)
@@ -343,18 +347,17 @@ def _encoded(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field.with_type(encoded) if field.type == _text else field for field in schema])
 
 
-def _check(parts: Sequence[tuple[str, pa.Table]], table: str) -> pa.Table:
+def _check(parts: Sequence[tuple[str, pa.Table]], table: str, schema: pa.Schema) -> pa.Table:
     """Return all parts as one table. Errors: DataError on rows that cannot be, of the first part that has some."""
     if not parts:
-        return SCHEMAS[table].empty_table()
+        return schema.empty_table()
     rows = pa.concat_tables([part for _, part in parts])
     try:
-        rows = rows.unify_dictionaries()
-        rows = rows.combine_chunks() if len(parts) > _SOME_PARTS else rows
+        rows = rows.unify_dictionaries().combine_chunks()
         table_rules.check(rows, table=table, where="")
     except (DataError, pa.ArrowException):
         # At once is faster by far where there are many parts; which one it is, the parts say. Arrow gives up where
         # their texts together are longer than 2 GB.
         for where, part in parts:
-            table_rules.check(part.cast(SCHEMAS[table]), table=table, where=where)
+            table_rules.check(part.cast(schema), table=table, where=where)
     return rows
