@@ -18,12 +18,12 @@ from raybd.points import Floats, Points, Row
 RESAMPLES, LEVEL, SEED = 1000, 0.95, 0
 CEILING, POINTS_LOST = 0.05, 0.01
 # Resamples are handled in blocks of about so many numbers.
-_BLOCK = 2_000_000
+_BLOCK = 100_000
 # That none of so many trials is drawn happens once in 160,000 draws.
 _LAYERS = 12
 _MOST_DRAWS = 10_000_000
-# Of more points those are left out at first that so many trials of a sample beat: none of their layers reaches them.
-_MANY_POINTS, _SAMPLE, _DEPTH = 20_000, 1000, 16
+# Of more points those are left out at first that about so many trials beat, as a sample tells: layers end before them.
+_MANY_POINTS, _SAMPLE, _DEPTH = 20_000, 4000, 60
 
 
 class Measure(StrEnum):
@@ -109,7 +109,11 @@ class Pool:
             included_RS[np.arange(count).repeat(hits_R), generator.integers(0, len(strong), size=hits_R.sum())] = True
         few = self._of(kept_P, strong)
         values_RM = few.values(included_RS)
-        for row in np.flatnonzero(~self._covered(kept_P, few.competing_asr(included_RS))):
+        size = max(1, _BLOCK // max(1, len(few.trial_P)))
+        covered = [
+            self._covered(kept_P, few.competing_asr(included_RS[i : i + size])) for i in range(0, count, size)
+        ]
+        for row in np.flatnonzero(~np.concatenate(covered)) if covered else ():
             if count * self.num_trials <= _MOST_DRAWS:
                 included_T = included_RT[row]
             else:
@@ -259,7 +263,8 @@ def pool(rows: Iterable[Row], trials: Iterable[Row] | Standing, *, model: Iterab
         return gathered(cleaned)
     some = cleaned[:: -(-len(cleaned) // _SAMPLE)]
     some = some[np.unique(trial_N[some], return_index=True)[1]]  # of each trial one point
-    top1_C, asr_C = pareto.reach(top1_N[some], asr_N[some], depth=_DEPTH)
+    depth = 1 + _DEPTH * len(some) // int(taking_part_T.sum())
+    top1_C, asr_C = pareto.reach(top1_N[some], asr_N[some], depth=depth)
     place_N = np.searchsorted(top1_C, top1_N[cleaned], side="right")
     near = cleaned[asr_N[cleaned] < np.append(asr_C, np.inf)[place_N]]
     return gathered(near, Beyond(top1_C, asr_C, lambda: gathered(cleaned)))

@@ -30,23 +30,27 @@ def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool 
     Errors: DataError.
     """
     start = max(0, len(content) - _TAIL - int.from_bytes(content[-_TAIL:-4], "little"))
-    # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length. The rest
-    # is not copied: of it only the columns asked for are looked at.
+    # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length.
     footer = content[start:].replace(b"ARROW:schema", b"other:schema")
     try:
-        file = pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False)
+        metadata, plain = None, content
+        if len(content) > _SMALL:  # to copy it would take as long as to read some columns
+            metadata = pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False).metadata
+        else:
+            plain = content[:start] + footer
+        # Of these columns those of texts are read as dictionaries.
+        options = {"read_dictionary": [*columns], "arrow_extensions_enabled": False}
+        file = pq.ParquetFile(pa.BufferReader(plain), metadata=metadata, **options)
         found = [field for field in file.schema_arrow if field.name in columns]
-        texts = [field.name for field in found if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        texts = [field.name for field in found if pa.types.is_dictionary(field.type)]
         _check(file.metadata, found, where)
-        whole = {"metadata": file.metadata, "arrow_extensions_enabled": False}
-        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts, **whole)
         # Threads cost more than they bring where there is little to read.
         table = file.read(columns=[field.name for field in found], use_threads=len(content) > _SMALL)
         chunks = [chunk for name in texts for chunk in table.column(name).chunks]
         # Of small parts the bound says enough, in a fraction of the time.
         if sum(map(_bound, chunks)) > _MAX_BYTES and (length := sum(map(_length, chunks))) > _MAX_BYTES:
             raise DataError(f"{length} bytes of text", where=where, expected=f"at most {_MAX_BYTES}")
-        kept = [table.schema.field(f.name) if encoded and pa.types.is_string(f.type) else f for f in found]
+        kept = [_kept(field, encoded=encoded) for field in found]
         expected = pa.schema(kept, metadata=table.schema.metadata)
         table = table if table.schema == expected else table.cast(expected)
         table.validate(full=True)
@@ -69,6 +73,13 @@ def _check(meta: pq.FileMetaData, found: list[pa.Field], where: str) -> None:
         raise DataError(f"{rows} rows of {len(found)} columns", where=where, expected=f"at most {_MAX_CELLS} values")
     if any(not 0 <= group.total_byte_size <= _MAX_BYTES for group in groups):
         raise DataError("unpacks to too much", where=where, expected=f"at most {_MAX_BYTES} bytes")
+
+
+def _kept(field: pa.Field, *, encoded: bool) -> pa.Field:
+    """Return a column as it is wanted of one that is read with its texts as dictionaries."""
+    if not pa.types.is_dictionary(field.type) or (encoded and pa.types.is_string(field.type.value_type)):
+        return field
+    return field.with_type(field.type.value_type)
 
 
 def _bound(chunk: pa.Array) -> int:

@@ -180,6 +180,23 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
     assert whole.resampled(400, np.random.default_rng(1)) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("depth", [0, 5, 60])
+def test_pools_that_leave_points_out_give_what_whole_ones_do(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little depth layers and draws need points that are left out."""
+    whole = pool(3, trials=400)
+    monkeypatch.setattr(differences, "_MANY_POINTS", 100)
+    monkeypatch.setattr(differences, "_DEPTH", depth)
+    some = pool(3, trials=400)
+    assert whole.beyond is None
+    assert some.beyond is not None
+    assert len(some.trial_P) < len(whole.trial_P)
+    assert some.num_trials == whole.num_trials
+    expected, found = (p.resampled(300, np.random.default_rng(1)) for p in (whole, some))
+    assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    included_RT = np.random.default_rng(2).random((50, whole.num_trials)) < np.linspace(0, 1, 50)[:, None]
+    assert some.values(included_RT) == pytest.approx(whole.values(included_RT), abs=1e-12, nan_ok=True)
+
+
 @pytest.mark.parametrize("layers", [1, 12])
 def test_draws_of_few_trials_have_the_distribution_of_all(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(differences, "_LAYERS", layers)
@@ -212,6 +229,22 @@ def test_of_many_parts_the_first_fault_is_told(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"row {len(good) - 1}: n_clean is -1") as caught:
             tables.read(store, "epochs")
         assert caught.value.where.endswith(f"{number:03d}.parquet")
+
+
+def test_some_columns_are_read_without_the_others(tmp_path: Path) -> None:
+    epochs, _ = drawn(1)
+    store = Store(str(tmp_path))
+    tables.write(store, "epochs", "e", [*epochs[:-1], {**epochs[-1], "n_clean": -1}])
+    with pytest.raises(DataError, match="n_clean is -1"):
+        tables.read(store, "epochs")
+    found = tables.read(store, "epochs", columns=points.COLUMNS)
+    assert set(found.column_names) == set(points.COLUMNS)
+    assert repr(found.to_pylist()) == repr([{name: row.get(name) for name in found.column_names} for row in epochs])
+    tables.write(store, "epochs", "e", [*epochs[:-1], {**epochs[-1], "asr_top1": 1.5}])
+    # What a row cannot be without is read in any case.
+    for columns in (points.COLUMNS, ()):
+        with pytest.raises(DataError, match=r"asr_top1 is 1.5"):
+            tables.read(store, "epochs", columns=columns)
 
 
 @pytest.mark.parametrize(

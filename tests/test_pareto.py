@@ -143,3 +143,13 @@ def test_share_of_the_rectangle() -> None:
     assert pareto.hypervolume_share(pareto.hypervolume([0.5, 0.6], [0.9, 0.0]), 0.5) == pytest.approx(1.2)
     assert pareto.hypervolume_share(0.3, 0.0) is None
     assert pareto.hypervolume_share(0.3, float("nan")) is None
+
+
+@unhurried
+@given(st.lists(st.tuples(_coarse, _coarse), max_size=30), st.integers(1, 4))
+def test_where_points_reach_that_many_of_them_beat_what_is_there(points: list[tuple[float, float]], depth: int) -> None:
+    corners = [*zip(*pareto.reach(*map(np.array, _columns(points)), depth=depth), strict=True)]
+    assert corners == sorted(corners)
+    for top1, asr in ((i / 6, j / 6) for i in range(7) for j in range(7)):
+        beaten_by = sum(a > top1 and s <= asr for a, s in points)
+        assert any(a > top1 and s <= asr for a, s in corners) == (beaten_by >= depth)
