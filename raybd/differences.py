@@ -166,7 +166,7 @@ class Pool:
         return replace(self, trial_P=number_P, num_trials=len(trials), beyond=None, **points)
 
     def _covered(self, kept_P: NDArray[np.bool_], asr_RK: Floats) -> NDArray[np.bool_]:
-        """Say of each selection of trials whether the points that are kept beat all others, those beyond too; shape [R].
+        """Say of each selection of trials whether the points kept beat all others, those beyond too; shape [R].
 
         Args:
             asr_RK: `competing_asr` of the points that are kept.
