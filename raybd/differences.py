@@ -110,9 +110,7 @@ class Pool:
         few = self._of(kept_P, strong)
         values_RM = few.values(included_RS)
         size = max(1, _BLOCK // max(1, len(few.trial_P)))
-        covered = [
-            self._covered(kept_P, few.competing_asr(included_RS[i : i + size])) for i in range(0, count, size)
-        ]
+        covered = [self._covered(kept_P, few.competing_asr(included_RS[i : i + size])) for i in range(0, count, size)]
         for row in np.flatnonzero(~np.concatenate(covered)) if covered else ():
             if count * self.num_trials <= _MOST_DRAWS:
                 included_T = included_RT[row]

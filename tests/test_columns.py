@@ -148,7 +148,7 @@ def test_pareto_of_the_published_sweep(form: str, tmp_path: Path, monkeypatch: p
     same(analysis.Run(store.uri, points.Points.of_table(epochs), points.Trials(trials)), rows)
     printed = CliRunner().invoke(app, ["pareto", store.uri, "-f", form]).output
     # The same command, made to measure row by row.
-    monkeypatch.setattr(analysis, "of_run", lambda run: plain.of_run(rows))
+    monkeypatch.setattr(analysis, "of_run", lambda run, **_: plain.of_run(rows))
     monkeypatch.setattr(analysis.Run, "fronts", rows.fronts)
     assert printed == CliRunner().invoke(app, ["pareto", store.uri, "-f", form]).output
     assert len(printed) > 1000
