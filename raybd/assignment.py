@@ -20,7 +20,10 @@ from raybd.store import Store
 from raybd.study import Failure, Stopping, Study
 
 # Of a run directory: what raybd writes there.
-_FOLDERS = ("ledger", "tables", "state", "progress", "pretrained", "weights", "errors", "jobs", "tensorboard", "tracked")
+_FOLDERS = (
+    *("ledger", "tables", "state", "progress", "pretrained", "weights", "errors"),
+    *("jobs", "tensorboard", "tracked"),
+)
 _FILES = ("study.json", "skipped.json", "preview.png", "examples.json", "report.html", "driver.lock", "stop.json")
 
 Notify = Callable[[int, dict[str, Any]], None]

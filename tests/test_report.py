@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys

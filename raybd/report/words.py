@@ -19,14 +19,6 @@ IMAGES = {"search": "search half", "report": "report half", "all": "all images"}
 _SHOWN = ("lr", "epochs", "loss_weights.mmcl", "loss_weights.ssl")
 
 
-def span(seconds: float) -> str:
-    """Return a time as `1 h 05 min`, `3 min 20 s` or `12 s`."""
-    whole = max(0, round(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
 def percent(fraction: float | None, *, digits: int = 2) -> str:
     """Return a fraction in percent, without the sign; a dash for nothing."""
     if fraction is None or not math.isfinite(fraction):
