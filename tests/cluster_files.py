@@ -18,8 +18,8 @@ FILLED = {
     "AMI_ID": "ami-03cf127a",
     "PROJECT_ID": "some-project",
     "sourceImage: IMAGE": "sourceImage: projects/some/global/images/one",
-    "HEAD_IP": "192.0.2.1",
-    "WORKER_IP": "192.0.2.2",
+    "HEAD_ADDRESS": "192.0.2.1",
+    "WORKER_ADDRESS": "192.0.2.2",
     "USER_NAME": "me",
 }
 

@@ -79,7 +79,7 @@ def test_what_is_to_be_filled_in_is_told_once_with_its_line(name: str) -> None:
     text = FILES[name].read_text(encoding="utf-8")
     found = mistakes_of(text)
     words = {"aws": {"BUCKET", "AMI_ID"}, "gcp": {"BUCKET", "PROJECT_ID", "IMAGE"}}
-    expected = words.get(name, {"BUCKET", "HEAD_IP", "WORKER_IP", "USER_NAME"})
+    expected = words.get(name, {"BUCKET", "HEAD_ADDRESS", "WORKER_ADDRESS", "USER_NAME"})
     assert len(found) == len(expected)
     for line in found:
         number, word = int(line.split(":")[1]), line.split(" in for ")[1].split(",")[0]
@@ -186,6 +186,12 @@ ONE = {
         "take it out",
     ),
     "Ray's nightly build": ("aws", [("setup_commands", None)], "setup_commands", "a nightly build of Ray"),
+    "a command that YAML cuts off at a comment": (
+        "local",
+        [("setup_commands", yaml.safe_load("- echo 'a  # b' >> c"))],
+        "setup_commands.0",
+        "a quote without its end",
+    ),
     "a container without a name": ("aws", [("docker", {"image": "i"})], "", "Ray would refuse it: Must provide a"),
 }
 

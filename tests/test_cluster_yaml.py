@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -100,6 +101,13 @@ def test_no_command_is_left_to_rays_defaults(config: dict[str, Any]) -> None:
         assert key in config, f"{key} would come from Ray's defaults"
 
 
+def test_a_login_finds_raybd_and_asks_for_the_token(config: dict[str, Any]) -> None:
+    (command,) = (found for found in config["setup_commands"] if ".bashrc" in found)
+    *_, line, to, file = shlex.split(command)
+    assert line == "export PATH=$HOME/venv/bin:$PATH RAY_AUTH_MODE=token  # raybd-env"
+    assert (to, file) == (">>", "~/.bashrc")
+
+
 def test_dashboard_is_local_and_every_node_asks_for_the_token(config: dict[str, Any]) -> None:
     starts = {
         kind: [line for line in config[f"{kind}_start_ray_commands"] if "ray start" in line]
@@ -110,6 +118,6 @@ def test_dashboard_is_local_and_every_node_asks_for_the_token(config: dict[str, 
         assert "RAY_AUTH_MODE=token" in lines[0]
     assert "--dashboard-host=127.0.0.1" in starts["head"][0]
     assert "dashboard" not in starts["worker"][0]
-    user = config["auth"]["ssh_user"]
-    assert config["file_mounts"][f"/home/{user}/.ray/auth_token"] == "~/.ray/auth_token"
-    assert config["file_mounts"][f"/home/{user}/raybd"] == "."
+    # Whose home is where is known of a cloud's images alone.
+    home = "~" if config["provider"]["type"] == "local" else f"/home/{config['auth']['ssh_user']}"
+    assert config["file_mounts"] == {f"{home}/raybd": ".", f"{home}/.ray/auth_token": "~/.ray/auth_token"}

@@ -39,8 +39,8 @@ _TO_FILL_IN = {
     "AMI_ID": "the id of a machine image in your region",
     "PROJECT_ID": "your project's id",
     "IMAGE": "a boot image",
-    "HEAD_IP": "the head's address",
-    "WORKER_IP": "a worker's address",
+    "HEAD_ADDRESS": "the head's address",
+    "WORKER_ADDRESS": "a worker's address",
     "USER_NAME": "who logs in by ssh",
 }
 _FILL_IN = re.compile(rf"(?<![$\w{{])({'|'.join(_TO_FILL_IN)})(?!\w)")
@@ -314,7 +314,16 @@ def is_price(value: object) -> bool:
 
 
 def _commands(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
-    """Yield that Ray's own setup would install a nightly build, and not raybd."""
+    """Yield commands that no shell takes, and that Ray's own setup would install a nightly build, and not raybd."""
+    for place, _, command in walk({key: found for key, found in config.items() if key.endswith("_commands")}):
+        if isinstance(command, str) and "<<" not in command:
+            try:
+                shlex.split(command, comments=True)
+            except ValueError:
+                yield (
+                    place,
+                    "a quote without its end, maybe as YAML takes what follows ` #` for a comment: write it after >-",
+                )
     if config["provider"]["type"] in ("aws", "gcp", "azure") and "setup_commands" not in config:
         docker = config.get("docker")
         if not (isinstance(docker, dict) and (docker.get("image") or docker.get("head_image"))):
