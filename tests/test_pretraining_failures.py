@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
 
+from raybd.cluster.gloo import _meet_on_rays_network, interface_of
 from raybd.cluster.pretrain import _failures, _is_open, _note
 from raybd.errors import DataError, NonFiniteError, SupersededError
 from raybd.ledger import Kind, Ledger
@@ -76,3 +79,16 @@ def test_a_failure_of_a_worker_that_was_thought_dead_is_not_noted(store: Store) 
 def test_what_never_started_has_not_failed(store: Store) -> None:
     assert _failures(store, "q") == ()
     assert _is_open(store, "q", 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_workers_meet_on_the_network_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.77") is None
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    for given, used in ((None, "lo"), ("mine0", "mine0")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
+        if given is None:
+            monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+        _meet_on_rays_network()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == used

@@ -19,6 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raybd import failures
+from raybd.cluster.gloo import GlooConfig
 from raybd.cluster.session import Share, uninterrupted
 from raybd.errors import ClusterError, DataError, NonFiniteError, RaybdError, StorageError, SupersededError
 from raybd.ledger import Kind, Ledger
@@ -153,7 +154,7 @@ def _trainer(
             "store": store,
             "threads": share.cpus_per_worker,
         },
-        torch_config=TorchConfig(backend="nccl" if share.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl") if share.use_gpu else GlooConfig(backend="gloo"),
         scaling_config=ScalingConfig(
             num_workers=share.num_workers,
             use_gpu=share.use_gpu,
