@@ -50,17 +50,23 @@ def start(module: str, argument: str, *, environment: dict[str, str], log: Path)
         )
 
 
+def running(chosen: Callable[[Path], bool]) -> list[Process]:
+    """Return the living processes whose folder in /proc is chosen."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if chosen(folder):
+                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    found.append(Process(int(folder.name), int(parent), title))
+    return found
+
+
 def marked(mark: str) -> list[Process]:
     """Return the living processes that carry a mark."""
-    found, wanted = [], f"{MARK}={mark}".encode()
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with suppress(OSError):
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-                if state != "Z":
-                    found.append(Process(pid, int(parent), title))
-    return found
+    wanted = f"{MARK}={mark}".encode()
+    return running(lambda folder: wanted in (folder / "environ").read_bytes().split(b"\0"))
 
 
 def titled(processes: Iterable[Process], title: str) -> list[Process]:
