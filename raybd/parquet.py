@@ -33,14 +33,12 @@ def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool 
     # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length.
     footer = content[start:].replace(b"ARROW:schema", b"other:schema")
     try:
-        metadata, plain = None, content
-        if len(content) > _SMALL:  # to copy it would take as long as to read some columns
-            metadata = pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False).metadata
-        else:
-            plain = content[:start] + footer
+        # The file itself is not copied: that would take as long as to read some columns.
+        metadata = pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False).metadata
+        there = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
         # Of these columns those of texts are read as dictionaries.
-        options = {"read_dictionary": [*columns], "arrow_extensions_enabled": False}
-        file = pq.ParquetFile(pa.BufferReader(plain), metadata=metadata, **options)
+        options = {"read_dictionary": [*there.intersection(columns)], "arrow_extensions_enabled": False}
+        file = pq.ParquetFile(pa.BufferReader(content), metadata=metadata, **options)
         found = [field for field in file.schema_arrow if field.name in columns]
         texts = [field.name for field in found if pa.types.is_dictionary(field.type)]
         _check(file.metadata, found, where)

@@ -174,7 +174,7 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
     """With few layers many draws have none of their trials, and are looked at as a whole."""
     monkeypatch.setattr(differences, "_LAYERS", layers)
     whole = pool(3, trials=trials)
-    kept = whole._contenders()
+    kept = whole._contenders(whole._layers())
     assert kept.sum() < len(kept) or trials == 5
     expected = plain.PlainPool(**vars(whole)).resampled(400, np.random.default_rng(1))
     assert whole.resampled(400, np.random.default_rng(1)) == pytest.approx(expected, abs=1e-12, nan_ok=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import rich
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
+
+from rich.console import Console
 
 from raybd.report import figures, text
 from raybd.report.words import Grid
@@ -25,8 +26,9 @@ def show(figure: Figure | None, title: str = "") -> None:
 
 def print_grids(grids: Iterable[Grid]) -> None:
     """Print what was measured as tables."""
+    console = Console()
     for grid in grids:
-        rich.print(text.rendered(grid))
+        console.print(text.rendered(grid))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
