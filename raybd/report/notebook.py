@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
-
 from rich.console import Console
 
 from raybd.report import figures, text
