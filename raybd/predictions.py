@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raybd import checkpoint, examples, fronts
+from raybd.errors import DataError
 from raybd.evaluate import EvaluationSet, Probe, Role, class_embeddings, cosines, evaluating
 from raybd.examples import TOP, Examples, Guess, Image, Model
 from raybd.model import Clip, create, load_weights
@@ -62,17 +63,23 @@ def _cleaned(rows: Sequence[dict[str, Any]]) -> Point | None:
     return Point(**{name: row[name] for name in names})
 
 
-def update(store: Store, inputs: Inputs, points: Sequence[Point], *, device: torch.device) -> None:
-    """Write `examples.json` of a run; what is there already of the same models stays.
-
-    Errors: CheckpointError on weights of another model; DataError where `examples.json` is damaged.
-    """
-    there = examples.read(store)
+def are_there(store: Store, points: Sequence[Point]) -> bool:
+    """Say whether `examples.json` of a run is of these models; one that is damaged is of none."""
+    try:
+        there = examples.read(store)
+    except DataError:
+        return False
     wanted = [(point.pretrain_id, point.trial_id, point.epoch) for point in points]
-    if there and [(model.pretrain_id, model.trial_id, model.epoch) for model in there.models] == wanted:
-        return
-    if points:
-        examples.write(store, of_points(store, inputs, points, device=device))
+    return there is not None and [(model.pretrain_id, model.trial_id, model.epoch) for model in there.models] == wanted
+
+
+def update(store: Store, inputs: Inputs, points: Sequence[Point], *, device: torch.device) -> None:
+    """Write `examples.json` of a run anew; what is there, damaged or of other models, goes first.
+
+    Errors: CheckpointError on weights of another model.
+    """
+    store.delete(examples.NAME)
+    examples.write(store, of_points(store, inputs, points, device=device))
 
 
 def of_points(store: Store, inputs: Inputs, points: Iterable[Point], *, device: torch.device) -> Examples:
@@ -103,8 +110,8 @@ def _images(found: EvaluationSet, classes: Sequence[str]) -> tuple[list[Image], 
     """Return some images, and the pixels of all clean ones, then of all triggered ones, uint8 [2 * N, 3, H, W]."""
     planted = [probe for probe in found.probes if probe.role is Role.PLANTED]
     images, clean, triggered = [], [], []
-    for number, row in enumerate(_rows(found, planted)):
-        attack, key = planted[number % len(planted)].attack, str(found.images.index.keys[row])
+    for probe, row in _chosen(found, planted):
+        attack, key = probe.attack, str(found.images.index.keys[row])
         before_CHW = torch.from_numpy(found.images.pixels(np.array([row]))[0])
         after_CHW = attack.triggered(before_CHW, seed=fork(found.seed, "evaluate", key))
         images.append(
@@ -123,15 +130,24 @@ def _images(found: EvaluationSet, classes: Sequence[str]) -> tuple[list[Image], 
     return images, torch.stack([*clean, *triggered])
 
 
-def _rows(found: EvaluationSet, planted: Sequence[Probe]) -> list[int]:
-    """Return rows of images that each attack triggers, of the report half, drawn by their keys; other classes first."""
-    allowed_N = ~found.in_search_N & np.logical_and.reduce([probe.triggered_N for probe in planted])
-    rows = np.flatnonzero(allowed_N).tolist()
+def _chosen(found: EvaluationSet, planted: Sequence[Probe]) -> list[tuple[Probe, int]]:
+    """Return rows of the report half, each with an attack that triggers it: attacks take turns, drawn by the keys.
+
+    Other classes go first. No image needs to be one that all attacks trigger: where their targets are all classes there
+    is none.
+    """
+    rows = np.flatnonzero(~found.in_search_N).tolist()
     rows.sort(key=lambda row: share(found.seed, "examples", str(found.images.index.keys[row])))
-    first: dict[int, int] = {}
-    for row in rows:
-        first.setdefault(int(found.images.index.labels[row]), row)
-    return [*first.values(), *(row for row in rows if row not in first.values())][:_IMAGES]
+    chosen: list[tuple[Probe, int]] = []
+    seen = set[int]()
+    for number in range(_IMAGES):
+        probe, taken = planted[number % len(planted)], {row for _, row in chosen}
+        left = [row for row in rows if probe.triggered_N[row] and row not in taken]
+        row = next((row for row in left if int(found.images.index.labels[row]) not in seen), left[0] if left else None)
+        if row is not None:
+            chosen.append((probe, row))
+            seen.add(int(found.images.index.labels[row]))
+    return chosen
 
 
 def _said(clip: Clip, found: EvaluationSet, images_BCHW: Tensor, classes: Sequence[str]) -> list[list[Guess]]:

@@ -9,7 +9,7 @@ from enum import IntEnum
 from raybd import provenance, run_record, tables
 from raybd.console import View
 from raybd.errors import StudyError, TrialError
-from raybd.failures import traceback_name
+from raybd.failures import message_of, traceback_name
 from raybd.metrics import ALIKE, STRONG
 from raybd.records import attack_lines, attack_rows, pretrain_rows
 from raybd.store import Store
@@ -91,16 +91,17 @@ class Run(StudyDirectory):
         """Carry the study out, as far as `until`. Errors: RaybdError, before any long work where it can be."""
         self.view.stage(f"study {self.study.name}: checking data, model and settings")
         ids = self.poison()
-        self.load_tables()
-        if self._open_work(ids, until):
-            with self.cluster():
-                pretrained = self.pretrain(ids)
-                if until >= Stage.SEARCH:
-                    self.search(pretrained)
-        else:
-            self.view.stage("nothing left to do: pretraining and search are done")
-            self._attack_summary(ids)
-        return self.finish()
+        with self.tracking:
+            self.load_tables()
+            if self._open_work(ids, until):
+                with self.cluster():
+                    pretrained = self.pretrain(ids)
+                    if until >= Stage.SEARCH:
+                        self.search(pretrained)
+            else:
+                self.view.stage("nothing left to do: pretraining and search are done")
+                self._attack_summary(ids)
+            return self.finish()
 
     def _open_work(self, ids: dict[str, str], until: Stage) -> bool:
         from raybd.train.pretraining import done
@@ -163,6 +164,7 @@ class Run(StudyDirectory):
             )
         for entry in entries.values():
             self.write_pretraining(entry)
+            self.tracking.pretrained(entry.id)
         self._attack_summary(ids)
         return {name: ids[name] for name in entries}
 
@@ -199,14 +201,23 @@ class Run(StudyDirectory):
 
     def finish(self) -> Outcome:
         """Write fronts, what the models say of some test images, and the report, from what there is."""
+        self._update_fronts()
+        try:
+            self._ask_models()
+        except Exception as error:  # full memory, weights that are damaged or not finite: the report does without
+            self.view.warn(f"what the models say of some test images is not known: {message_of(error)}")
+        return super().finish()
+
+    def _ask_models(self) -> None:
+        """Write what the models say of some test images, where that is not there yet."""
         from raybd import predictions
         from raybd.evaluations import device_here
 
-        self._update_fronts()
         rows = tables.read(self.store, "fronts").to_pylist()
         points = predictions.shown_points(self.store, run_record.read(self.store)["pretrain_ids"], rows)
-        predictions.update(self.store, self.inputs, points, device=device_here())
-        return super().finish()
+        if points and not predictions.are_there(self.store, points):
+            self.view.stage("looking at what the models say of some test images")
+            predictions.update(self.store, self.inputs, points, device=device_here())
 
     def search(self, ids: dict[str, str]) -> None:
         """Run the trials that have not ended."""

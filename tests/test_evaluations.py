@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,15 +342,45 @@ def test_examples_are_what_the_models_say_of_images_of_the_report_half(run: Stor
     assert [[guess.name for guess in one] for one in said] == [[inputs.classes[i] for i in row] for row in labels]
     assert [[guess.share for guess in one] for one in said] == [pytest.approx(row) for row in shares.tolist()]
     assert found.models[1].triggered != said
-    # Asked again nothing is done; of other models it is.
     before = run.get(examples.NAME)
-    predictions.update(run, inputs, points, device=torch.device("meta"))
-    assert run.get(examples.NAME) == before
-    predictions.update(run, inputs, points[:1], device=CPU)
-    assert len(examples.read(run).models) == 1  # type: ignore[union-attr]
+    assert predictions.are_there(run, points)
+    assert not predictions.are_there(run, points[:1])
     for content in (b"{", b"[]", before.replace(b'"share":', b'"share":1'), before.replace(b"iVBOR", b"iVBOS")):
         run.put(examples.NAME, content)
         with pytest.raises(DataError, match=r"examples\.json"):
             examples.read(run)
+        assert not predictions.are_there(run, points)
     run.delete(examples.NAME)
     assert examples.read(run) is None
+    assert not predictions.are_there(run, points)
+
+
+def test_examples_of_attacks_that_share_no_image_take_turns(root: Path) -> None:
+    found = Inputs(small(root)).evaluation_set
+    labels = found.images.index.labels
+    halves = [replace(found.probes[0], triggered_N=chosen_N) for chosen_N in (labels < 5, labels >= 5)]
+    for planted in (halves, halves[:1]):
+        chosen = predictions._chosen(found, planted)
+        assert [probe for probe, _ in chosen] == (planted * 4)[:4]
+        assert all(probe.triggered_N[row] and not found.in_search_N[row] for probe, row in chosen)
+        assert len({int(labels[row]) for _, row in chosen}) == 4
+    one_N = np.arange(len(labels)) == np.flatnonzero(~found.in_search_N)[0]
+    assert len(predictions._chosen(found, [replace(halves[0], triggered_N=one_N)])) == 1
+
+
+def test_a_run_ends_with_its_report_where_models_can_not_be_asked(
+    run: Store, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(shutil.copytree(run.root, tmp_path / "run")))
+    store.put(examples.NAME, b"{")
+    known = {"baseline_top1": 0.5, "baseline_asr": 1.0}
+    (part,) = store.names("tables/fronts")
+    tables.write(
+        store, "fronts", Path(part).stem, [{**row, **known} for row in tables.read(store, "fronts").to_pylist()]
+    )
+    for name in store.names("pretrained"):
+        store.put(name, b"damaged")
+    outcome = Run(small(root), store, View()).finish()
+    assert Path(outcome.report).is_file()
+    said = capsys.readouterr().out
+    assert said.count("looking at what the models say") == said.count("warning: what the models say") == 1
