@@ -57,15 +57,19 @@ class ReplayRun(StudyDirectory):
         }
         self.store.put("study.json", json.dumps(record, indent=1).encode())
         self.view.stage(f"replay of {self.study.name}: {len(self._curves)} recorded curves, nothing is trained")
-        self.load_tables()
+        with self.tracking:
+            self.load_tables()
+            self._search()
+            return self.finish()
+
+    def _search(self) -> None:
         total, ended = self.trials(self.ids)
         if total == ended:
             self.view.stage("nothing left to do: the search is done")
-        else:
-            # What trials take when they train is not what looking curves up takes.
-            wanted = Resources(
-                num_workers=1, use_gpu=False, concurrent_trials=self.study.resources.concurrent_trials, cpus_per_trial=1
-            )
-            with self.cluster(wanted):
-                self.run_trials(self.ids, ReplayTrial(tuple(self._curves), nearest=self._nearest))
-        return self.finish()
+            return
+        # What trials take when they train is not what looking curves up takes.
+        wanted = Resources(
+            num_workers=1, use_gpu=False, concurrent_trials=self.study.resources.concurrent_trials, cpus_per_trial=1
+        )
+        with self.cluster(wanted):
+            self.run_trials(self.ids, ReplayTrial(tuple(self._curves), nearest=self._nearest))

@@ -57,7 +57,7 @@ class StudyDirectory:
     def __init__(self, study: Study, store: Store, view: View, *, address: str | None = None) -> None:
         tracking.require(study.record)
         self.study, self.store, self.view, self.address = study, store, view, address
-        self.tracking = Tracking(tracking.open_trackers(store, study))
+        self.tracking = Tracking(store, tracking.open_trackers(store, study))
         self.ledger = Ledger(store)
         self.share: Any = None
         self.failed_pretraining: dict[str, str] = {}
@@ -136,7 +136,7 @@ class StudyDirectory:
                 return
             objective = entry.started["objective"]
             now = self._search_state(objective, before=so_far.searches.get(objective))
-            self.tracking.ended(entry)
+            self.tracking.ended(entry.id)
             if now is not None:
                 self._track(objective, {len(now.areas): (trial_row(entry), now.areas[-1])})
             view.ended(entry, now)
@@ -179,7 +179,7 @@ class StudyDirectory:
         if not found:
             return None
         if before is not None:
-            before.areas += found[0].areas
+            before.areas += found[0].areas  # the live view may be drawing them: it takes a copy
             found[0].areas = before.areas
         return found[0]
 
@@ -248,8 +248,7 @@ class StudyDirectory:
                 self.write_pretraining(entry)
         found = progress.areas(self._trial_rows.values(), epochs)
         self._areas = {objective: areas for (objective, _), areas in found.items()}
-        if entries:
-            self.tracking.catch_up(self.store)
+        self.tracking.catch_up()
         for objective, areas in self._areas.items():
             self._track(objective, {n: (self._trial_rows[id], area) for n, (id, area) in enumerate(areas, start=1)})
 
@@ -286,6 +285,5 @@ class StudyDirectory:
         from raybd.report import html
 
         self._update_fronts()
-        self.tracking.close()
         failed = sum(row["state"] == State.FAILED for row in self._trial_rows.values())
         return Outcome(failed=failed, failed_pretraining=len(self.failed_pretraining), report=html.write(self.store))

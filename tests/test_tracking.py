@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.store import Store
 from raybd.study import FREE_SETTINGS, Recording, Study, TrackerName, differences
 from raybd.tracking import Measured, Series, Tracking, event_file
+from raybd.tracking.marks import Marks
 from raybd.tracking.tensorboard import TensorBoard
 
 STUDY = Study.model_validate({"name": "made", "poison": {"num_poisoned": 1}})
@@ -185,8 +188,8 @@ def test_what_a_killed_call_left_out_is_given_by_the_next(tmp_path: Path) -> Non
     TensorBoard(store).add(tracking.of_trial(ledger.entry(Kind.TRIAL, "mmcl-0000")))
     before = {name: store.get(name) for name in store.names("tensorboard")}
     assert len(before) == 1
-    given = Tracking(tracking.open_trackers(store, STUDY))
-    given.catch_up(store)
+    given = Tracking(store, tracking.open_trackers(store, STUDY))
+    given.catch_up()
     given.close()
     names = store.names("tensorboard")
     assert [name.split("/")[2] for name in names] == ["mmcl-0000", "mmcl-0001"]
@@ -205,7 +208,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
 
     monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
     store = Store(str(tmp_path))
-    given = Tracking({"a": lambda: Broken(store), "b": closed, "c": lambda: TensorBoard(store)})
+    given = Tracking(store, {"a": lambda: Broken(store), "b": closed, "c": lambda: TensorBoard(store)})
     for _ in range(3):
         given.add(trial())
     given.close()
@@ -213,6 +216,102 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
         "b gets no more in this call: no such server",
         "a gets no more in this call: OSError: no answer",
     ]
+    assert len(store.names("tensorboard")) == 1
+
+
+class Noted:
+    """A tracker that keeps what it is given."""
+
+    def __init__(self, store: Store) -> None:
+        self.marks, self.given = Marks(store, "noted"), list[Series]()
+        self.last, self.goes_on = self.marks.last, self.marks.goes_on
+
+    def add(self, series: Series) -> None:
+        self.given.append(series)
+        self.marks.put(series)
+
+    def close(self) -> None:
+        pass
+
+
+def caught_up(store: Store) -> list[tuple[str, list[int], bool]]:
+    """Return what a call gives a tracker, beside another one whose notes are damaged."""
+    noted, damaged = Noted(store), Noted(store)
+    damaged.last = lambda name: 1 // 0
+    given = Tracking(store, {"damaged": lambda: damaged, "noted": lambda: noted})
+    given.catch_up()
+    given.close()
+    assert not damaged.given
+    return [(series.name, [point.step for point in series.points], series.over) for series in noted.given]
+
+
+def test_an_end_is_given_once_with_or_without_points(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    ledger = Ledger(store)
+    ledger.start(Kind.PRETRAIN, "p", started("p"))
+    for number in range(2):
+        ledger.epoch(Kind.PRETRAIN, "p", number, epoch(number) | {"poisoned_seen": 0})
+    assert caught_up(store) == [("pretrain/mmcl", [0, 1], False)]
+    assert caught_up(store) == []
+    ledger.end(Kind.PRETRAIN, "p", {"state": State.COMPLETE})
+    ledger.start(Kind.TRIAL, "t", started("t"))
+    ledger.end(Kind.TRIAL, "t", {"state": State.FAILED})
+    assert caught_up(store) == [("pretrain/mmcl", [], True), ("trials/t", [], True)]
+    assert caught_up(store) == []
+    assert Marks(store, "noted").last("pretrain/mmcl") == 1
+
+
+def test_a_run_directory_that_was_copied_or_made_anew_is_another(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    Marks(store, "mlflow").put(trial())
+    first = Marks(store, "mlflow")
+    assert (first.last("trials/mmcl-0001"), first.goes_on("trials/mmcl-0001")) == (2, False)
+    assert first.key("a") == Marks(store, "wandb").key("a") != first.key("b")
+    copied = Marks(Store(str(shutil.copytree(store.root, tmp_path / "copy"))), "mlflow")
+    assert copied.last("trials/mmcl-0001") is None
+    shutil.rmtree(store.root)
+    anew = Marks(store, "mlflow")
+    assert len({first.key("a"), copied.key("a"), anew.key("a")}) == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_mlflow_runs_end_with_the_call_and_go_on_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    from raybd.tracking.mlflow import MLflow
+
+    store, client = Store(str(tmp_path / "run")), mlflow.MlflowClient()
+    for n in (1, 2):
+        opened = MLflow(store, "made")
+        opened.add(tracking.of_search("mmcl", [Measured(n, 1e9 + n, {"hypervolume": 0.5})]))
+        (experiment,) = [each for each in client.search_experiments() if each.name == "made"]
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "RUNNING"
+        opened.close()
+        assert client.get_run(run.info.run_id).info.status == "FINISHED"
+    opened.add(Series("search/mmcl", "mmcl", {}, [], over=True))
+    assert opened.last("search/mmcl") == 2
+
+
+def test_a_call_that_ends_waits_for_trackers_only_for_a_while(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+    store, answer = Store(str(tmp_path)), threading.Event()
+
+    def slow() -> TensorBoard:
+        answer.wait(60)
+        return TensorBoard(store)
+
+    given = Tracking(store, {"slow": slow})
+    given.add(trial())
+    given.__exit__(KeyboardInterrupt)
+    assert not caplog.records
+    given.close(seconds=0.01)
+    (record,) = caplog.records
+    assert record.getMessage() == "slow took too long: the next call gives them the rest"
+    answer.set()
+    given.close()
     assert len(store.names("tensorboard")) == 1
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
-from raybd import failures
+from raybd import failures, signals
 from raybd.errors import ClusterError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import epoch_rows, pretrain_rows
@@ -28,6 +28,7 @@ from raybd.terms import TERMS
 log = logging.getLogger(__name__)
 
 _CLOSING_SECONDS = 60.0
+_FAILED_SECONDS = 5.0  # of a call that failed
 _RATES = ("zeroshot_top1", "asr_top1", "robust_top1")
 _TRAINING = ("loss", *(f"loss_{term}" for term in TERMS), "lr", "logit_scale", "samples_per_second")
 
@@ -74,8 +75,11 @@ class Tracker(Protocol):
     def last(self, name: str) -> int | None:
         """Return the last step that it has of a series, whichever call gave it; None if it has none."""
 
+    def goes_on(self, name: str) -> bool:
+        """Say whether it has a series that it was not told to be over."""
+
     def add(self, series: Series) -> None:
-        """Take points that follow those it has."""
+        """Take points that follow those it has; none where all that is new is that the series is over."""
 
     def close(self) -> None:
         """Finish what is under way."""
@@ -122,7 +126,8 @@ def open_trackers(store: Store, study: Study) -> dict[str, Callable[[], Tracker]
 def of_pretraining(entry: Entry) -> Series:
     """Return a pretraining run as a series over its epochs, both halves of the evaluation set together."""
     points = _points(entry, {row["epoch"]: _values(row, _RATES) for row in pretrain_rows(entry)})
-    return Series(f"pretrain/{entry.started['objective']}", entry.started["objective"], {}, points)
+    objective = entry.started["objective"]
+    return Series(f"pretrain/{objective}", objective, {}, points, over=entry.ended is not None)
 
 
 def of_trial(entry: Entry) -> Series:
@@ -162,14 +167,15 @@ def _values(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
 
 
 class Tracking:
-    """Gives trackers what they lack, in a thread of its own: whoever calls waits for nothing.
+    """Gives trackers what they lack, in a thread of its own: whoever calls waits for nothing. Left, it closes.
 
     Args:
+        store: run directory.
         trackers: how to open each, by name.
     """
 
-    def __init__(self, trackers: Mapping[str, Callable[[], Tracker]]) -> None:
-        self._waiting = dict(trackers)
+    def __init__(self, store: Store, trackers: Mapping[str, Callable[[], Tracker]]) -> None:
+        self._ledger, self._waiting = Ledger(store), dict(trackers)
         self._open: dict[str, Tracker] = {}
         self._jobs: queue.SimpleQueue[Callable[[], Iterable[Series]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -178,36 +184,60 @@ class Tracking:
         """Give trackers what they lack of some series."""
         self._do(lambda: series)
 
-    def ended(self, entry: Entry) -> None:
+    # Of entries only ids wait in the queue: trackers may be slower than the search.
+
+    def ended(self, id: str) -> None:
         """Give trackers a trial that ended."""
-        self._do(lambda: [of_trial(entry)])
+        self._do(lambda: [of_trial(self._ledger.entry(Kind.TRIAL, id))])
 
-    def pretrained(self, entry: Entry) -> None:
+    def pretrained(self, id: str) -> None:
         """Give trackers the epochs of a pretraining run, which may be under way."""
-        self._do(lambda: [of_pretraining(entry)])
+        self._do(lambda: [of_pretraining(self._ledger.entry(Kind.PRETRAIN, id))])
 
-    def catch_up(self, store: Store) -> None:
+    def catch_up(self) -> None:
         """Give trackers what earlier calls left out: pretraining runs, and trials that ended."""
 
         def lacking() -> Iterable[Series]:
-            ledger = Ledger(store)
-            yield from (of_pretraining(entry) for entry in ledger.entries(Kind.PRETRAIN))
-            for id in ledger.ids(Kind.TRIAL):
-                if any(tracker.last(f"trials/{id}") is None for tracker in self._open.values()):
-                    entry = ledger.entry(Kind.TRIAL, id)
+            yield from (of_pretraining(entry) for entry in self._ledger.entries(Kind.PRETRAIN))
+            for id in self._ledger.ids(Kind.TRIAL):
+                if self._is_lacking(f"trials/{id}"):
+                    entry = self._ledger.entry(Kind.TRIAL, id)
                     if entry.ended is not None:
                         yield of_trial(entry)
 
         self._do(lacking)
 
-    def close(self) -> None:
-        """Wait for what is under way, not for ever."""
+    def _is_lacking(self, name: str) -> bool:
+        """Say whether a tracker has nothing of a series."""
+        lacking: list[bool] = []
+        for own, tracker in list(self._open.items()):
+            self._try(own, lambda tracker=tracker: lacking.append(tracker.last(name) is None))  # type: ignore[misc]
+        return any(lacking)
+
+    def close(self, *, seconds: float = _CLOSING_SECONDS) -> None:
+        """Wait for what is under way, not for ever.
+
+        Args:
+            seconds: for which to wait; 0 says nothing of what is not done.
+        """
         if self._thread is None:
             return
         self._jobs.put(None)
-        self._thread.join(_CLOSING_SECONDS)
-        if self._thread.is_alive():
-            log.warning("%s took too long: the next call gives them the rest", ", ".join(self._open))
+        self._thread.join(seconds)
+        if seconds and self._thread.is_alive():
+            late = ", ".join(dict.fromkeys([*self._waiting, *self._open]))
+            log.warning("%s took too long: the next call gives them the rest", late)
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; where the call ends otherwise than well, without much ado."""
+        if kind is None:
+            self.close()
+        else:
+            interrupted = issubclass(kind, KeyboardInterrupt) or signals.received()
+            self.close(seconds=0.0 if interrupted else _FAILED_SECONDS)
 
     def _do(self, job: Callable[[], Iterable[Series]]) -> None:
         if not self._waiting and not self._open:
@@ -218,9 +248,9 @@ class Tracking:
             self._thread.start()
 
     def _work(self) -> None:
-        for name, opened in self._waiting.items():
+        for name, opened in list(self._waiting.items()):
             self._try(name, lambda name=name, opened=opened: self._open.update({name: opened()}))  # type: ignore[misc]
-        self._waiting = {}
+            del self._waiting[name]
         while (job := self._jobs.get()) is not None:
             try:
                 for series in job():
@@ -244,5 +274,5 @@ def _give(tracker: Tracker, series: Series) -> None:
     """Give a tracker what it lacks of a series."""
     last = tracker.last(series.name)
     points = [point for point in series.points if last is None or point.step > last]
-    if points or (last is None and series.over):
+    if points or (series.over and (last is None or tracker.goes_on(series.name))):
         tracker.add(replace(series, points=points))

@@ -11,7 +11,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from raybd.plain import plain
-from raybd.provenance import digest
 from raybd.store import Store
 from raybd.tracking import Series
 from raybd.tracking.marks import Marks
@@ -32,15 +31,20 @@ class MLflow:
         self._marks, self._uri, self._client = Marks(store, "mlflow"), store.uri, MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", study)
         found = self._client.get_experiment_by_name(name)
+        self._open: dict[str, str] = {}
         self._experiment = found.experiment_id if found else self._client.create_experiment(name)
 
     def last(self, name: str) -> int | None:
         """Return the last step that MLflow has of a series."""
         return self._marks.last(name)
 
+    def goes_on(self, name: str) -> bool:
+        """Say whether MLflow has a series that it was not told to be over."""
+        return self._marks.goes_on(name)
+
     def add(self, series: Series) -> None:
-        """Log parameters and metrics."""
-        run = self._marks.run(series.name) or self._run(series)
+        """Log parameters and metrics; the run of a series that goes on stays open."""
+        run = self._open.pop(series.name, None) or self._run(series)
         params = [Param(name, plain(value)[:_LONGEST]) for name, value in series.settings.items()]
         metrics = [
             Metric(name, value, round(1000 * point.time), point.step)
@@ -52,12 +56,18 @@ class MLflow:
             self._client.log_batch(run, metrics=metrics[first : first + _AT_ONCE])
         if series.over:
             self._client.set_terminated(run, status="FAILED" if series.failed else "FINISHED")
-        self._marks.put(series.name, run, series.points[-1].step if series.points else 0)
+        else:
+            self._open[series.name] = run
+        self._marks.put(series)
 
     def _run(self, series: Series) -> str:
-        """Return the id of the run of a series: a new one, or one whose note a killed call did not write."""
-        key = digest([self._uri, series.name])
+        """Return the id of the run of a series, new or of an earlier call.
+
+        MLflow itself is asked: a note in the run directory may have come with it from elsewhere.
+        """
+        key = self._marks.key(series.name)
         for run in self._client.search_runs([self._experiment], f"tags.`raybd.series` = '{key}'", max_results=1):
+            self._client.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
         told = {"raybd.series": key, "raybd.run_dir": self._uri, "pretrain_objective": series.group}
         start = round(1000 * series.points[0].time) if series.points else None
@@ -65,4 +75,7 @@ class MLflow:
         return str(run.info.run_id)
 
     def close(self) -> None:
-        """Do nothing: each request is done when it returns."""
+        """Finish the runs that are open; a call that goes on with them opens them again."""
+        for run in self._open.values():
+            self._client.set_terminated(run)
+        self._open.clear()

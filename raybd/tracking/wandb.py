@@ -11,7 +11,6 @@ from typing import Any
 import wandb
 
 from raybd.errors import ClusterError
-from raybd.provenance import digest
 from raybd.store import Store
 from raybd.tracking import Series
 from raybd.tracking.marks import Marks
@@ -43,6 +42,10 @@ class WeightsAndBiases:
         """Return the last step that W&B has of a series."""
         return self._marks.last(name)
 
+    def goes_on(self, name: str) -> bool:
+        """Say whether W&B has a series that it was not told to be over."""
+        return self._marks.goes_on(name)
+
     def add(self, series: Series) -> None:
         """Log settings and values; the run of a series that goes on stays open."""
         run = self._open.pop(series.name, None) or self._run(series)
@@ -52,12 +55,12 @@ class WeightsAndBiases:
             run.finish(exit_code=int(series.failed))
         else:
             self._open[series.name] = run
-        self._marks.put(series.name, run.id, series.points[-1].step if series.points else 0)
+        self._marks.put(series)
 
     def _run(self, series: Series) -> Any:
         """Return the run of a series. Its id is always the same: W&B takes no step twice, of a killed call either."""
         return wandb.init(
-            id=digest([self._uri, series.name]),
+            id=self._marks.key(series.name),
             resume="allow",
             reinit="create_new",
             project=os.environ.get("WANDB_PROJECT", "raybd"),
