@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from raybd import curves, failures, run_record
 from raybd.assignment import point
 from raybd.cluster.history import DIRECTIONS, distribution, told
-from raybd.errors import ClusterError, DataError, RaybdError
+from raybd.errors import ClusterError, DataError
 from raybd.ledger import Entry, Kind, Ledger, State, reading
 from raybd.plain import plain
 from raybd.space import Value
@@ -35,6 +35,7 @@ from raybd.study import Study, Tell
 log = logging.getLogger(__name__)
 
 _NAMES = ("accuracy", "ASR")
+_LEAVING_SECONDS = 5.0
 _WIDE = 50  # from the lowest value to the highest: beyond, an axis is logarithmic
 
 
@@ -57,7 +58,7 @@ class Mirror:
         self._ledger = Ledger(store)
         self._studies: dict[str, int] = {}
         self._open: dict[str, int] = {}  # trials that have not ended, with their ids in the storage
-        self._ended = set[str]()
+        self._ended, self._said = set[str](), set[str]()
         record = run_record.read(store)
         self._name = plain(record["study"].get("name", "run"))
         if self._ledger.ids(Kind.TRIAL) or record.get("kind", "study") in ("study", "replay"):
@@ -69,17 +70,27 @@ class Mirror:
                 ) from None
             for objective in self._study.pretrain.objectives:
                 self._study_id(objective)
-            self.update()
+            for entry in self._ledger.entries(Kind.TRIAL):
+                self._take(entry)
         else:
             self._take_curves(curves.read(store.uri))
 
     def update(self) -> None:
-        """Take over what has happened since."""
+        """Take over what has happened since; a trial that cannot be taken over costs no other."""
         for name in self._ledger.ids(Kind.TRIAL):
-            if name not in self._ended:
-                entry = self._ledger.entry(Kind.TRIAL, name)
-                with reading(f"ledger/trials/{name}"):
-                    self._take(entry)
+            if name in self._ended:
+                continue
+            try:
+                self._take(self._ledger.entry(Kind.TRIAL, name))
+            except Exception as error:  # of records, or of the storage: one may end and delete in the dashboard too
+                self.warn(error)
+
+    def warn(self, error: Exception) -> None:
+        """Say once that something is not up to date."""
+        text = f"{type(error).__name__}: {error}"
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("the dashboard is not up to date: %s", text)
 
     def _study_id(self, objective: str) -> int:
         if objective not in self._studies:
@@ -90,46 +101,25 @@ class Mirror:
         return self._studies[objective]
 
     def _take(self, entry: Entry) -> None:
-        """Take over a trial of the ledger."""
-        rule = self._study.search.tell
-        state, values = _told(entry, rule)
-        if entry.id not in self._open:
-            params = entry.started["params"]
+        """Take over a trial of the ledger. Errors: DataError where it is none of this study."""
+        with reading(f"ledger/trials/{entry.id}"):
+            params, rule = entry.started["params"], self._study.search.tell
             ranges = {name: distribution(name, self._study.search.space[name]) for name in params}
-            began = datetime.fromisoformat(entry.started["started"])
-            self._open[entry.id] = self._new(entry.started["objective"], began, params, ranges)
-        number = self._open[entry.id]
-        for epoch, (top1, asr) in _points(entry).items():
-            self.storage.set_trial_intermediate_value(number, epoch, top1 * (1 - asr))
-        for name, value in _attributes(entry).items():
-            self.storage.set_trial_user_attr(number, name, value)
-        if state is not TrialState.RUNNING:
-            self.storage.set_trial_state_values(number, state, values)
+            trial = _trial(entry, rule, params, ranges)
+            objective = str(entry.started["objective"])
+        if entry.id not in self._open:
+            self._open[entry.id] = self.storage.create_new_trial(self._study_id(objective), template_trial=trial)
+        else:
+            number = self._open[entry.id]
+            for epoch, value in trial.intermediate_values.items():
+                self.storage.set_trial_intermediate_value(number, epoch, value)
+            for name, value in trial.user_attrs.items():
+                self.storage.set_trial_user_attr(number, name, value)
+            if trial.state.is_finished():
+                self.storage.set_trial_state_values(number, trial.state, _told(entry, rule)[1])
         if entry.ended is not None:
             self._ended.add(entry.id)
             del self._open[entry.id]
-
-    def _new(
-        self,
-        objective: str,
-        began: datetime | None,
-        params: Mapping[str, Value],
-        ranges: Mapping[str, BaseDistribution],
-    ) -> int:
-        trial = FrozenTrial(
-            number=0,  # the storage gives it
-            state=TrialState.RUNNING,
-            value=None,
-            datetime_start=began.astimezone().replace(tzinfo=None) if began else None,
-            datetime_complete=None,
-            params=dict(params),
-            distributions=dict(ranges),
-            user_attrs={},
-            system_attrs={},
-            intermediate_values={},
-            trial_id=0,
-        )
-        return self.storage.create_new_trial(self._study_id(objective), template_trial=trial)
 
     def _take_curves(self, found: Sequence[curves.Curve]) -> None:
         """Take over trials that others ran: of their settings those that differ among them."""
@@ -142,12 +132,34 @@ class Mirror:
                     curve.trial_id, {"method": curve.method}, 1, dict(curve.epochs), {"state": State.COMPLETE}
                 )
                 params = {name: known[name] for name in ranges if name in known}
-                number = self._new(objective, None, params, {name: ranges[name] for name in params})
-                for epoch, (top1, asr) in _points(entry).items():
-                    self.storage.set_trial_intermediate_value(number, epoch, top1 * (1 - asr))
-                for name, value in _attributes(entry).items():
-                    self.storage.set_trial_user_attr(number, name, value)
-                self.storage.set_trial_state_values(number, *_told(entry, Tell.LARGEST_AREA))
+                trial = _trial(entry, Tell.LARGEST_AREA, params, {name: ranges[name] for name in params})
+                self.storage.create_new_trial(self._study_id(objective), template_trial=trial)
+
+
+def _trial(
+    entry: Entry, rule: Tell, params: Mapping[str, Value], ranges: Mapping[str, BaseDistribution]
+) -> FrozenTrial:
+    """Return a trial as Optuna has it, of the times that it had."""
+    state, values = _told(entry, rule)
+    return FrozenTrial(
+        number=0,  # the storage gives it
+        state=state,
+        value=None,
+        values=values,
+        datetime_start=_time(entry.started.get("started")),
+        datetime_complete=_time((entry.ended or {}).get("ended")),
+        params=dict(params),
+        distributions=dict(ranges),
+        user_attrs=_attributes(entry),
+        system_attrs={},
+        intermediate_values={epoch: top1 * (1 - asr) for epoch, (top1, asr) in _points(entry).items()},
+        trial_id=0,
+    )
+
+
+def _time(text: str | None) -> datetime | None:
+    """Return a time as Optuna has it: of this machine's zone, which it does not name."""
+    return datetime.fromisoformat(text).astimezone().replace(tzinfo=None) if text else None
 
 
 def _told(entry: Entry, rule: Tell) -> tuple[TrialState, list[float] | None]:
@@ -236,11 +248,12 @@ def serving(store: Store, *, host: str, port: int, every: float) -> Iterator[WSG
     finally:
         stop.set()
         server.server_close()
+        thread.join(_LEAVING_SECONDS)
 
 
 def _follow(mirror: Mirror, stop: threading.Event, every: float) -> None:
     while not stop.wait(every):
         try:
             mirror.update()
-        except RaybdError as error:
-            log.warning("the dashboard is not up to date: %s", error)
+        except Exception as error:  # the storage of the run may answer again
+            mirror.warn(error)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import urllib.request
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 
@@ -55,7 +56,7 @@ def studies(mirror: Mirror) -> dict[str, optuna.Study]:
 
 def test_a_run_under_way_is_followed(store: Store) -> None:
     start(store, 0, 3)
-    Ledger(store).end(Kind.TRIAL, "mmcl-0000", {"state": "complete"})
+    Ledger(store).end(Kind.TRIAL, "mmcl-0000", {"state": "complete", "ended": "2026-01-02T03:04:05+00:00"})
     task = start(store, 1, 2)
     mirror = Mirror(store)
     found = studies(mirror)
@@ -68,6 +69,9 @@ def test_a_run_under_way_is_followed(store: Store) -> None:
     assert done.user_attrs["ASR by epoch"] == "0: 90.00%, 1: 50.00%, 2: 10.00%"
     began = datetime.fromisoformat(Ledger(store).entry(Kind.TRIAL, "mmcl-0000").started["started"])
     assert done.datetime_start == began.astimezone().replace(tzinfo=None)
+    ended = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert done.datetime_complete == ended.astimezone().replace(tzinfo=None)
+    assert done.intermediate_values == {n: pytest.approx((0.6 - n / 100) * (0.1 + 0.4 * n)) for n in range(3)}
     assert (open_.state, open_.user_attrs["state"]) == (TrialState.RUNNING, "running")
     assert open_.intermediate_values == {0: pytest.approx(0.06), 1: pytest.approx(0.295)}
     assert [trial.number for trial in mmcl.best_trials] == [0]
@@ -78,6 +82,21 @@ def test_a_run_under_way_is_followed(store: Store) -> None:
     assert [trial.state for trial in mmcl.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
     assert mmcl.trials[1].user_attrs["error_message"] == r"boom \x1b[1m"
     assert not store.names("optuna")
+
+
+def test_what_is_ended_in_the_dashboard_costs_no_other_trial(
+    store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+    start(store, 0, 1)
+    mirror = Mirror(store)
+    (mmcl, _) = studies(mirror).values()
+    mirror.storage.set_trial_state_values(mmcl.trials[0]._trial_id, TrialState.FAIL)
+    start(store, 1, 1)
+    mirror.update()
+    mirror.update()
+    assert [trial.state for trial in mmcl.trials] == [TrialState.FAIL, TrialState.RUNNING]
+    assert len([record for record in caplog.records if "not up to date" in record.getMessage()]) == 1
 
 
 def test_imported_sweeps_have_the_settings_that_differ(tmp_path: Path) -> None:
