@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from rich.text import Text
 from raybd.assignment import seconds_before
 from raybd.cli_echo import log_to_screen
 from raybd.errors import DataError
+from raybd.failures import message_of
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.plain import plain
 from raybd.records import pretrain_rows, trial_row
@@ -25,6 +27,8 @@ from raybd.report import progress
 from raybd.report.progress import Progress, SearchState
 from raybd.report.words import span
 from raybd.store import Store
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 1.0  # the live view of a search changes no more often
@@ -81,7 +85,14 @@ class View:
             yield
             return
         picture = _Picture(self.console, draw)
-        with Live(console=self.console, get_renderable=picture, refresh_per_second=1 / _LOOK_SECONDS, transient=True):
+        with Live(
+            console=self.console,
+            get_renderable=picture,
+            refresh_per_second=1 / _LOOK_SECONDS,
+            transient=True,
+            # What is sent to a file is no part of this screen.
+            redirect_stderr=sys.stderr.isatty(),
+        ):
             yield
 
     def update(self, text: str) -> None:
@@ -91,12 +102,12 @@ class View:
 
     @contextmanager
     def follow_pretraining(
-        self, store: Store, pretrain_ids: Mapping[str, str], notify: Callable[[Entry], None]
+        self, store: Store, pretrain_ids: Mapping[str, str], notify: Callable[[str], None]
     ) -> Iterator[None]:
         """Print each epoch of pretraining runs, by objective, as the ledger gets it, while the block runs.
 
         Args:
-            notify: called with the entry of a run that has new epochs.
+            notify: called with the id of a run that has new epochs.
         """
         stop = threading.Event()
         seen = {pretrain_id: Ledger(store).epochs(Kind.PRETRAIN, pretrain_id) for pretrain_id in pretrain_ids.values()}
@@ -120,7 +131,7 @@ class View:
                 thread.join()
 
     def _new_epochs(
-        self, store: Store, pretrain_id: str, objective: str, seen: set[int], notify: Callable[[Entry], None]
+        self, store: Store, pretrain_id: str, objective: str, seen: set[int], notify: Callable[[str], None]
     ) -> None:
         try:
             new = Ledger(store).epochs(Kind.PRETRAIN, pretrain_id) - seen
@@ -129,7 +140,7 @@ class View:
             entry = Ledger(store).entry(Kind.PRETRAIN, pretrain_id)
         except (DataError, OSError):
             return
-        notify(entry)
+        notify(pretrain_id)
         epochs = entry.started["settings"]["epochs"]
         for row in pretrain_rows(entry):
             if row["epoch"] not in new:
@@ -167,9 +178,14 @@ class _Picture:
         now, (width, height) = time.monotonic(), self._console.size
         if now - self._drawn >= _LOOK_SECONDS or (width, height) != self._size:
             # Some rows stay free for the lines above.
-            lines = self._draw(width, max(2, height - 3))
             self._drawn, self._size = now, (width, height)
-            self._text = Text("\n".join(lines), no_wrap=True, overflow="crop")
+            try:
+                lines = self._draw(width, max(2, height - 3))
+            except Exception as error:
+                # The search itself asks for it, with each line that it prints: no picture is worth its end.
+                log.debug("the live view stays as it was: %s", message_of(error))
+            else:
+                self._text = Text("\n".join(lines), no_wrap=True, overflow="crop")
         return self._text
 
 

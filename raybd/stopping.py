@@ -59,6 +59,18 @@ def expected_epochs(stopping: Stopping, planned: Sequence[int]) -> list[int]:
     return done
 
 
+def expected_of_equals(stopping: Stopping, count: int, planned: int) -> int:
+    """Return the sum of `expected_epochs` of many trials that are all planned for the same number of epochs."""
+    done, going = 0, count
+    for rung in stopping.rungs:
+        if not going or planned <= rung:
+            break
+        free = min(going, places(stopping, going))
+        done += (going - free) * rung
+        going = free
+    return done + going * planned
+
+
 def ranked(trials: Mapping[str, Sequence[Point]]) -> list[str]:
     """Return trials from the best to the worst, given the points of each so far; of equals the first name first.
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
 from raybd import fronts
+from raybd.console import _Picture
 from raybd.ledger import State
 from raybd.report import progress
 from raybd.report.progress import Meter, Progress, SearchState
@@ -77,6 +79,8 @@ def test_device_seconds_left_go_by_epochs_and_rungs() -> None:
     meter.add(trial(1, "stopped", epochs_done=2, device_seconds=72.0))  # it collapsed: nothing more comes of it
     assert meter.left() == pytest.approx(6 * 10 * 36)
     assert progress.device_line(meter) == "device-hours of trials: 0.12 used, about 0.60 left"
+    many = Meter(Stopping(rungs=(1,), keep=0.5), 10**12, 2, seconds=1.0, _epochs=1, _planned=10, _ended=1)
+    assert many.left() == 11 * 10**12 - 1
     halving = Meter(Stopping(rungs=(1,), keep=0.5), 4, 1)
     for n in range(4):
         halving.add(trial(n, "running", epochs_done=1, device_seconds=None), waited=36.0)
@@ -137,3 +141,17 @@ def test_a_live_view_says_what_there_is() -> None:
     assert "running: mmcl-0040 epoch 40" in text
     assert text.count("hypervolume 0.7800 after 39 trials") == 2  # side by side
     assert any(line.count("0.7800┤") == 2 for line in text.splitlines())
+
+
+def test_reasons_are_looked_for_again_where_more_trials_failed() -> None:
+    found = made()
+    assert found.reasons() is found.reasons()
+    found.failed.append(("t9", "hung", "no sign of life"))
+    assert [reason.kind for reason in found.reasons()] == ["out_of_memory", "hung"]
+
+
+def test_a_picture_that_cannot_be_drawn_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raybd.console._LOOK_SECONDS", 0.0)
+    lines: list[list[str]] = [["before"]]
+    picture = _Picture(Console(width=80, height=20), lambda width, height: lines.pop())
+    assert [picture().plain for _ in range(2)] == ["before", "before"]

@@ -28,7 +28,16 @@ from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import trial_row
 from raybd.replay import Recorded, ReplayTrial
 from raybd.replaying import ReplayRun
-from raybd.stopping import Decision, collapse, decide, next_rung, places, ranked
+from raybd.stopping import (
+    Decision,
+    collapse,
+    decide,
+    expected_epochs,
+    expected_of_equals,
+    next_rung,
+    places,
+    ranked,
+)
 from raybd.store import Store
 from raybd.study import Resources, Stopping, Study
 from raybd.study_directory import StudyDirectory
@@ -112,6 +121,12 @@ def test_a_trial_waits_at_rungs_before_its_last_epoch(done: int, epochs: int, ex
 @pytest.mark.parametrize(("keep", "arrived", "expected"), [(0.5, 34, 17), (0.5, 1, 1), (0.1, 3, 1), (0.9, 10, 9)])
 def test_a_share_goes_on_and_at_least_one(keep: float, arrived: int, expected: int) -> None:
     assert places(Stopping(rungs=(1,), keep=keep), arrived) == expected
+
+
+@given(st.sets(st.integers(1, 9)), st.floats(0.01, 1.0), st.integers(0, 40), st.integers(1, 9))
+def test_epochs_of_equal_trials_need_no_list_of_them(rungs: set[int], keep: float, count: int, planned: int) -> None:
+    rules = Stopping.model_construct(rungs=tuple(sorted(rungs)), keep=keep)
+    assert expected_of_equals(rules, count, planned) == sum(expected_epochs(rules, [planned] * count))
 
 
 def test_only_what_came_before_a_rung_counts_there() -> None:

@@ -86,7 +86,7 @@ class Meter:
             return None
         mean = max(1, round(self._planned / known))
         if self.rules.rungs:
-            epochs = self.objectives * sum(stopping.expected_epochs(self.rules, [mean] * self.each)) - self._epochs
+            epochs = self.objectives * stopping.expected_of_equals(self.rules, self.each, mean) - self._epochs
         else:
             epochs = (self.each * self.objectives - self._ended) * mean
         return max(0, epochs) * self.seconds / self._epochs
@@ -204,10 +204,10 @@ def _block(state: SearchState, *, width: int, rows: int, unicode: bool) -> list[
     for points, (who, top1, asr) in state.best.items():
         # Above it stands the objective that the name of a trial begins with.
         lines.append(f"  {points} pt lost {_share(asr)}  {_share(top1)}  {plain(who.removeprefix(f'{state.name}-'))}")
-    if state.areas:
-        lines.append(f"  hypervolume {state.areas[-1]:.4f} after {len(state.areas)} trials")
-        if rows and len(state.areas) > 1:
-            lines += _axes(state.areas, width=width, rows=rows, unicode=unicode)
+    if areas := list(state.areas):  # a copy: the search adds to them meanwhile
+        lines.append(f"  hypervolume {areas[-1]:.4f} after {len(areas)} trials")
+        if rows and len(areas) > 1:
+            lines += _axes(areas, width=width, rows=rows, unicode=unicode)
     return [set_cell_size(line, min(width, cell_len(line))) for line in lines]
 
 
@@ -271,6 +271,13 @@ class Progress:
     seconds: float = 0.0
     seconds_left: float | None = None
     failed: list[tuple[str, Any, Any]] = field(default_factory=list)
+    _reasons: tuple[int, Sequence[failures.Reason]] = (0, ())
+
+    def reasons(self) -> Sequence[failures.Reason]:
+        """Return why trials failed; looked at again only where more have."""
+        if self._reasons[0] != len(self.failed):
+            self._reasons = (len(self.failed), failures.reasons(self.failed))
+        return self._reasons[1]
 
     @property
     def ended(self) -> int:
@@ -290,7 +297,7 @@ def screen(progress: Progress, *, width: int, height: int, unicode: bool) -> lis
     counts = {**progress.states, "running": len(progress.running), "waiting at a rung": len(progress.waiting)}
     counts["to come"] = progress.total - progress.ended - len(progress.running) - len(progress.waiting)
     head.append("trials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count > 0))
-    why = failures.reasons(progress.failed)
+    why = progress.reasons()
     failed = ["  " + " ".join(plain(reason).split()) for reason in why[:_REASONS]]
     if len(why) > _REASONS:
         failed.append(f"  and {len(why) - _REASONS} other reasons")
