@@ -92,7 +92,21 @@ def test_trials_that_others_ran_are_counted_in_the_tables(store: Store) -> None:
         row |= {"pretrain_id": "p", "objective": "mmcl", "method": "cleanclip"}
         row |= {"error_type": "error", "error_message": "boom"} if state == "failed" else {}
         tables.write(store, "trials", f"t{number}", [row])
-    assert list(status.lines(store)) == ["trials: 2 complete, 1 failed", "  1 x error: boom (t2)"]
+    before = ["trials: 2 complete, 1 failed", "  1 x error: boom (t2)"]
+    assert list(status.lines(store)) == before
+    point = {"pretrain_id": "p", "objective": "mmcl", "method": "cleanclip", "trial_id": "t0", "epoch": 1}
+    point |= {"zeroshot_top1": 0.5, "asr_top1": 0.25}
+    made = {"kind": "any_epoch", "hv_contribution": 0.375, "hypervolume": 0.375}
+    known = {"baseline_top1": 0.6, "baseline_asr": 0.95}
+    halves = ("search", "report")
+    tables.write(store, "fronts", "mmcl", [{**point, **made, **known, "split": split} for split in halves])
+    rows = [{**point, "split": split, "asr_top1": asr} for split, asr in zip(halves, (0.25, 0.0), strict=True)]
+    tables.write(store, "epochs", "t0", rows)
+    found = list(status.lines(store))
+    assert found[:2] == before
+    assert "  hypervolume 0.3750 after 3 trials" in found
+    tables.write(store, "fronts", "mmcl", [{**point, **made, "split": split} for split in halves])
+    assert list(status.lines(store))[:2] == before
 
 
 def test_what_changed_is_said_again_until_one_stops_looking(tmp_path: Path) -> None:

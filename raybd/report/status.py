@@ -6,13 +6,14 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from raybd import failures, jobs, lock, run_record, tables
+from raybd import failures, fronts, jobs, lock, run_record, tables
 from raybd.assignment import seconds_before
 from raybd.errors import DataError
 from raybd.ledger import Entry, Kind, Ledger, State, reading
-from raybd.points import Points, Row
+from raybd.points import Row
 from raybd.records import trial_row
 from raybd.report import progress
 from raybd.report.progress import Meter
@@ -36,7 +37,7 @@ def lines(store: Store, *, width: int = 80, unicode: bool = False) -> Iterator[s
     yield from _driver(store)
     with reading(store.path("ledger")):
         yield from _lines(store)
-        yield from _reached(store, width=width, unicode=unicode)
+    yield from _reached(store, width=width, unicode=unicode)
 
 
 def _driver(store: Store) -> Iterator[str]:
@@ -101,7 +102,9 @@ def _study(store: Store) -> Study | None:
 def _reached(store: Store, *, width: int, unicode: bool) -> Iterator[str]:
     """Yield best points and hypervolumes from the tables; what is wrong with those costs nothing else."""
     try:
-        yield from _searches(store, width=width, unicode=unicode)
+        with reading(store.path("tables")):
+            found = list(_searches(store, width=width, unicode=unicode))
+        yield from found
     except DataError as error:
         yield f"best points are not known: {error}"
 
@@ -110,10 +113,13 @@ def _searches(store: Store, *, width: int, unicode: bool) -> Iterator[str]:
     searches = progress.search_states(tables.read(store, "fronts").to_pylist())
     if not searches:
         return
+    needed = ["trial_id", "split", "zeroshot_top1", "asr_top1"]
+    points = tables.read(store, "epochs", columns=needed).select(needed)
     epochs: dict[str, list[Row]] = {}
-    for row in Points.of_table(tables.read(store, "epochs")):
+    for row in points.filter(pc.not_equal(points.column("split"), fronts.HALVES[1])).to_pylist():
         epochs.setdefault(row["trial_id"], []).append(row)
-    columns = tables.read(store, "trials").select(["trial_id", "objective", "pretrain_id", "state", "ended"])
+    needed = ["trial_id", "objective", "pretrain_id", "state", "ended"]
+    columns = tables.read(store, "trials", columns=needed).select(needed)
     # Times as Python objects would load pandas, which takes as long as all the rest.
     ended = columns.column("ended").cast("int64")
     trials = columns.set_column(columns.schema.get_field_index("ended"), "ended", ended).to_pylist()
