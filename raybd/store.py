@@ -33,14 +33,27 @@ _SIDE_BY_SIDE = 16  # files of a bucket that are fetched, or wait to be taken, a
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 # No waiting mends these.
 _HOPELESS = (PermissionError, NotADirectoryError, IsADirectoryError)
-# An address that holds a key or a password, KEY:SECRET@; a number after the colon is a port.
-_CREDENTIALS = re.compile(r"://[^/:@?#]*:(?!\d+[/?#])[^@]*@")
+# In front of a bucket a number after the colon is no port.
+_BUCKETS = "|".join(rf"(?<=\b{scheme})" for scheme in ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"))
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters: bytes of a name that are not UTF-8
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 T = TypeVar("T")
+
+
+def credentials_form(ends: str = "") -> re.Pattern[str]:
+    """Return the form of what in an address is a key or a password, ://KEY:SECRET@.
+
+    Args:
+        ends: characters, as within a regular expression's brackets, that no address has where it stands in a text.
+    """
+    name = rf"[^/:@?#{ends}]*"
+    return re.compile(rf"(?:(?:{_BUCKETS})://{name}:|://{name}:(?!\d+(?:[/?#{ends}]|$)))[^@{ends}]*@")
+
+
+_CREDENTIALS = credentials_form()
 
 
 class Store:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raybd.cluster.walk import walk
+from raybd.store import credentials_form
 from raybd.study.mistakes import Place
 
 # What a value is by its form. In commands they stand among other words.
@@ -17,9 +18,11 @@ _FORMS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "a Google API key": r"\bAIza[\w-]{35}",
     "a Slack token": r"\bxox[abeoprs]-[\w-]{10,}",
-    "a password within a URL": r"://[^\s/:@$]+:[^\s/:@$]+@",
 }
-_FORM = {kind: re.compile(form) for kind, form in _FORMS.items()}
+_FORM = {
+    **{kind: re.compile(form) for kind, form in _FORMS.items()},
+    "a password within a URL": credentials_form(r"""\s$"'"""),  # a variable is none
+}
 _SECRET_NAME = (
     r"\w*(?:secret|password|passwd|access[_-]?key|api[_-]?key|private[_-]?key|credentials|(?:auth|access|session)[_-]?token"
     r"|(?<![a-z])token(?![a-z]))\w*"
