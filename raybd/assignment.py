@@ -22,9 +22,9 @@ from raybd.study import Failure, Stopping, Study
 # Of a run directory: what raybd writes there.
 _FOLDERS = (
     *("ledger", "tables", "state", "progress", "pretrained", "weights", "errors"),
-    *("jobs", "tensorboard", "tracked"),
+    *("jobs", "stop", "tensorboard", "tracked"),
 )
-_FILES = ("study.json", "skipped.json", "preview.png", "examples.json", "report.html", "driver.lock", "stop.json")
+_FILES = ("study.json", "skipped.json", "preview.png", "examples.json", "report.html", "driver.lock")
 
 Notify = Callable[[int, dict[str, Any]], None]
 

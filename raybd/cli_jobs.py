@@ -34,10 +34,9 @@ def detach(
 
     found = study_file.anchored(study_file.load(study, overrides=overrides or []))
     store = Store(run_dir or f"runs/{found.name}", patience=found.resources.storage_patience)
-    from raybd.console import View
     from raybd.study_directory import StudyDirectory
 
-    StudyDirectory(found, store, View())  # refuses a run directory of another study, before the cluster is asked
+    StudyDirectory.record(found, store)  # refuses a run directory of another study, before the cluster is asked
     from raybd.cluster.submission import Submitted
 
     job = Submitted(
@@ -76,15 +75,18 @@ def stop(
     store, until = Store(run), time.monotonic() + wait
     while (holder := lock.holder(store)) == {} and time.monotonic() < until:
         _pause(store)
+    known = jobs.recorded(store)
+    # What holds the run directory may not have said yet that it has begun.
+    waiting = [job for job in known if job.waits and job.id != (holder or {}).get("job")]
+    for job in waiting:
+        request.ask(store, job.id)
+        echo(f"job {job.id} has no driver yet; if one comes, it stops at once. To end the job now:")
+        echo(f"  {jobs.end_command(job.address, job.id)}")
     if holder is None:
-        job = jobs.last(store)
-        if job and not job.began:
-            request.ask(store, job.id)
-            echo(f"job {job.id} has no driver yet; if one comes, it stops at once")
-            return
-        if not job:
+        if not known:
             require_run(store)
-        echo(f"no driver works on {store.uri}")
+        if not waiting:
+            echo(f"no driver works on {store.uri}")
         return
     asked = holder.get("nonce")
     if not isinstance(asked, str):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from threading import Event
 
 from raybd import signals
 from raybd.errors import ClusterError, DataError, StorageError
@@ -20,6 +21,8 @@ from raybd.store import Store
 FOLDER = "jobs"
 # What the driver of a job is told by its environment: the job's id, and the command that the user gave.
 JOB, COMMAND = "RAYBD_JOB", "RAYBD_COMMAND"
+# Shorter than a run's: at its end nobody waits long for a note, while the run directory is still held.
+_PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Job:
         host: the machine that submitted it.
         submitted: when, in ISO form.
         began: when its driver held the run directory, "" as long as it has not.
-        ended: when its driver ended, and how; "" as long as it has not, and where it was killed.
+        ended: when its driver ended, or the job without one, and how; "" as long as none has, and where it was killed.
     """
 
     id: str
@@ -41,6 +44,11 @@ class Job:
     submitted: str
     began: str = ""
     ended: str = ""
+
+    @property
+    def waits(self) -> bool:
+        """Its driver is still to come, as far as is known."""
+        return not self.began and not self.ended
 
 
 def own() -> str:
@@ -53,6 +61,11 @@ def command() -> str:
     return os.environ.get(COMMAND) or shlex.join(["raybd", *sys.argv[1:]])
 
 
+def end_command(address: str, id: str) -> str:
+    """Return the command that ends a job, also one that still waits for its driver."""
+    return shlex.join(["ray", "job", "stop", "--address", address, id])
+
+
 def submitted(store: Store, id: str, *, address: str) -> None:
     """Record in a run directory that a job is to drive it."""
     _put(store, Job(id, address, socket.gethostname(), _now()))
@@ -63,9 +76,18 @@ def forget(store: Store, id: str) -> None:
     store.delete(_name(id))
 
 
+def failed(store: Store, id: str, reason: str) -> None:
+    """Record that a job has ended without a driver, if it had none."""
+    if (found := read(store, id)) and found.waits:
+        _put(store, replace(found, ended=f"{_now()}, before its driver began: {reason}"))
+
+
 @contextmanager
-def driven(store: Store) -> Iterator[None]:
+def driven(store: Store, taken: Event | None = None) -> Iterator[None]:
     """Record, where this is the driver of a job, that it has begun its work, which the block is, and how that ends.
+
+    Args:
+        taken: set when another driver has taken the run directory over, which ends the block as Ctrl-C does.
 
     Errors: ClusterError where this is another folder than the one which the job was submitted for.
     """
@@ -86,8 +108,11 @@ def driven(store: Store) -> Iterator[None]:
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt) or signals.received()
         how = "it was stopped" if interrupted else str(error).partition("\n")[0] or type(error).__name__
+        if interrupted and taken is not None and taken.is_set():
+            how = "another driver took the run directory over"
         raise
     finally:
+        store = Store(store.uri, patience=min(store.patience, _PATIENCE_SECONDS))
         with contextlib.suppress(StorageError):
             _put(store, replace(begun, ended=f"{_now()}: {how}"))
 
@@ -103,9 +128,13 @@ def read(store: Store, id: str) -> Job | None:
 
 def last(store: Store) -> Job | None:
     """Return the job that was submitted last for a run directory; None where none was."""
+    return max(recorded(store), key=lambda job: job.submitted, default=None)
+
+
+def recorded(store: Store) -> list[Job]:
+    """Return all jobs that were submitted for a run directory, but those whose record cannot be read."""
     ids = [name.rpartition("/")[2].removesuffix(".json") for name in store.names(FOLDER, suffix=".json")]
-    found = [job for id in ids if (job := read(store, id))]
-    return max(found, key=lambda job: job.submitted, default=None)
+    return [job for id in ids if (job := read(store, id))]
 
 
 def _put(store: Store, job: Job) -> None:

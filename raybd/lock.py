@@ -42,7 +42,7 @@ def only_driver(store: Store) -> Iterator[None]:
     """
     own = _self()
     held = _local(store, own) if store.local else _renewed(store, own)
-    with held, jobs.driven(store), stop.obeyed(store, own["nonce"], own["job"]):
+    with held as taken, jobs.driven(store, taken), stop.obeyed(store, own["nonce"], own["job"]):
         yield
 
 
@@ -97,8 +97,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _local(store: Store, own: dict[str, Any]) -> Iterator[None]:
-    """Hold a lock of the kernel's on a file, which is removed afterwards; so is a folder that stayed empty."""
+def _local(store: Store, own: dict[str, Any]) -> Iterator[threading.Event]:
+    """Hold a lock of the kernel's on a file, which is removed afterwards; so is a folder that stayed empty.
+
+    Yields an event as `_renewed` does.
+    """
     path, root = Path(store.path(NAME)), Path(store.root)
     new = not root.exists()
     try:
@@ -109,15 +112,15 @@ def _local(store: Store, own: dict[str, Any]) -> Iterator[None]:
             holder = _parsed(path.read_bytes())
         raise locked(store, holder, fix="wait for it, stop it, or give another --run-dir") from None
     if file is None:
-        with _renewed(store, own):
-            yield
+        with _renewed(store, own) as taken:
+            yield taken
         return
     try:
         # What it says is for people: the lock is held without it too, on a full disk for instance.
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
             os.write(file, json.dumps(own).encode())
-        yield
+        yield threading.Event()  # the kernel takes no lock away
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
@@ -176,8 +179,11 @@ def _acquire(path: Path) -> int | None:
 
 
 @contextmanager
-def _renewed(store: Store, own: dict[str, Any]) -> Iterator[None]:
-    """Hold an object that says who drives, and renew it all the while."""
+def _renewed(store: Store, own: dict[str, Any]) -> Iterator[threading.Event]:
+    """Hold an object that says who drives, and renew it all the while.
+
+    Yields an event, set when another driver has taken it over; then the block is interrupted.
+    """
     patient, store = store, Store(store.uri, patience=min(store.patience, _LOCK_PATIENCE_SECONDS))
     own = {**own, "beat": 0}
     _wait_for_silence(patient)
@@ -202,7 +208,7 @@ def _renewed(store: Store, own: dict[str, Any]) -> Iterator[None]:
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
+        yield taken
     except KeyboardInterrupt:
         if not taken.is_set():
             raise

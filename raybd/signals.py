@@ -90,7 +90,9 @@ def interrupt_main() -> None:
 
 
 def end_main() -> None:
-    """End an interruptible block from another thread, as the notice of a spot machine does."""
+    """End an interruptible block from another thread, as the notice of a spot machine does; without one, do nothing."""
+    if not _State.armed:  # the signal would end the process, whatever it does by now
+        return
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 

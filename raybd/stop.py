@@ -1,4 +1,8 @@
-"""Requests to stop a driver: an object in its run directory, so that whoever sees that can end it, wherever it runs."""
+"""Requests to stop a driver: objects in its run directory, so that whoever sees that can end it, wherever it runs.
+
+One for each driver that is asked, which that one alone removes: a request to a job waits for its driver, whoever works
+on the run directory until then.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from raybd.store import Store
 
 log = logging.getLogger(__name__)
 
-NAME = "stop.json"
+FOLDER = "stop"
 _LOOK_SECONDS, _LOOK_SECONDS_BUCKET = 1.0, 10.0
 _PATIENCE_SECONDS = 5.0
 
@@ -29,14 +33,16 @@ def ask(store: Store, whom: str) -> None:
         whom: the nonce of its lock, or the id of a job whose driver is still to come. No other driver is concerned.
     """
     by = f"process {os.getpid()} on {socket.gethostname()}"
-    store.put(NAME, json.dumps({"whom": whom, "by": by}).encode())
+    store.put(_name(whom), json.dumps({"by": by}).encode())
 
 
 def withdraw(store: Store, *whom: str) -> None:
-    """Remove a request to one of these."""
-    asked = _asked(store)[0]
-    if asked and asked in whom:
-        store.delete(NAME)
+    """Remove the requests to these, "" being nobody."""
+    for name in filter(None, whom):
+        store.delete(_name(name))
+    if store.local:
+        with contextlib.suppress(OSError):  # as long as others are asked
+            os.rmdir(store.path(FOLDER))
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def obeyed(store: Store, *names: str) -> Iterator[None]:
     """Let a request end the block, which the main thread runs, in the one way in which signals do.
 
     Args:
-        names: what the driver is called in requests, "" being no name. What others were asked is removed.
+        names: what the driver is called in requests, "" being no name.
     """
     store = Store(store.uri, patience=min(store.patience, _PATIENCE_SECONDS))
     done = threading.Event()
@@ -53,13 +59,12 @@ def obeyed(store: Store, *names: str) -> Iterator[None]:
         while True:
             # Storage that fails is met by whoever works with it.
             with contextlib.suppress(StorageError):
-                whom, by = _asked(store)
-                if whom and whom in names:
+                by = next(filter(None, (_asked(store, name) for name in names)), "")
+                # That it is over may have come while storage was asked.
+                if by and not done.is_set():
                     log.warning("asked to stop by %s", by)
                     signals.end_main()
                     return
-                if whom:
-                    store.delete(NAME)
             if done.wait(_LOOK_SECONDS if store.local else _LOOK_SECONDS_BUCKET):
                 return
 
@@ -71,14 +76,18 @@ def obeyed(store: Store, *names: str) -> Iterator[None]:
         done.set()
         if thread.is_alive():
             thread.join(timeout=_PATIENCE_SECONDS)
-        with contextlib.suppress(StorageError):
+        # Neither storage that fails, nor what others put in the place of requests, is an error of the block.
+        with contextlib.suppress(StorageError, DataError):
             withdraw(store, *names)
 
 
-def _asked(store: Store) -> tuple[str, str]:
-    """Return whom a request concerns and who made it; empty texts where there is none, or none that can be read."""
+def _asked(store: Store, whom: str) -> str:
+    """Return who asks one to stop; "" where nobody does, or in no way that can be read."""
     try:
-        found = json.loads(store.get(NAME))
-        return str(found["whom"]), str(found["by"])
+        return str(json.loads(store.get(_name(whom)))["by"]) if whom else ""
     except (DataError, ValueError, TypeError, KeyError, RecursionError):
-        return "", ""
+        return ""
+
+
+def _name(whom: str) -> str:
+    return f"{FOLDER}/{whom}.json"

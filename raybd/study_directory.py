@@ -67,29 +67,33 @@ class StudyDirectory:
         # By trial that has not ended: the weights of its epochs in the tables, but of the last one planned, which is on
         # the front `final` only once the trial has ended.
         self._measured: dict[str, set[str]] = {}
-        self.earlier = self._open()
+        self.earlier = self.record(study, store)
 
-    def _open(self) -> dict[str, Any] | None:
-        """Return the record of a run directory to go on with; None for a new one, or one where nothing was done."""
-        if not self.store.exists("study.json"):
+    @classmethod
+    def record(cls, study: Study, store: Store) -> dict[str, Any] | None:
+        """Return the record of a run directory to go on with; None for a new one, or one where nothing was done.
+
+        Errors: StudyError where the directory holds another study.
+        """
+        if not store.exists("study.json"):
             return None
-        earlier = run_record.read(self.store)
+        earlier = run_record.read(store)
         kind = earlier.get("kind", "study")
-        if kind != self.kind:
+        if kind != cls.kind:
             raise StudyError(
-                f"this run directory holds another thing: {kind}", where=self.store.uri, fix="give another --run-dir"
+                f"this run directory holds another thing: {kind}", where=store.uri, fix="give another --run-dir"
             )
-        if not self.store.names("ledger"):
+        if not store.names("ledger"):
             return None
         changed = [
             found
-            for found in differences(earlier["study"], self.study.resolved())
+            for found in differences(earlier["study"], study.resolved())
             if not found.partition(":")[0].startswith(FREE_SETTINGS)
         ]
         if changed:
             raise StudyError(
                 "this run directory holds another study: " + "; ".join(changed),
-                where=self.store.uri,
+                where=store.uri,
                 fix="give another --run-dir, or undo the changes",
             )
         return earlier

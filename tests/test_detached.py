@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from raybd import jobs, lock, signals, stop, study_file
@@ -82,6 +83,9 @@ def test_an_address_of_no_job_api_is_refused(store: Store, address: str) -> None
         ("s3://AKIAABCDEFGHIJKLMNOP:x@bucket/runs", []),
         ("/r", ["data.root=s3://me:secret@bucket/shards"]),
         ("/r", ["data.test=https://me:secret@host/test.tar"]),
+        ("/r", ["data.root=s3://minio:se/secret@bucket/x"]),
+        ("/r", ["data.root=s3://minio:12/secret@bucket/x"]),
+        ("/r", ["data.root=abfss://:secret@bucket/x"]),
     ],
 )
 def test_secrets_do_not_go_into_a_job(run_dir: str, settings: list[str]) -> None:
@@ -117,7 +121,8 @@ def refused(*arguments: str) -> RaybdError:
     return done.exception
 
 
-def test_a_cluster_is_said_and_reached_and_a_run_has_one_driver(store: Store) -> None:
+def test_a_cluster_is_said_and_reached_and_a_run_has_one_driver(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raybd.tracking.require", pytest.fail)  # what the cluster has to have, not this machine
     where = ("--run-dir", store.uri)
     assert "on which cluster?" in str(refused(*where, "--detach"))
     assert "add --detach" in str(refused(*where, "--address", ADDRESS))
@@ -166,6 +171,51 @@ def test_a_driver_says_that_its_job_has_begun_and_how_it_ended(store: Store, mon
     assert (found.id, found.address, bool(found.began)) == ("j", ADDRESS, True)
 
 
+def test_a_job_that_ended_without_a_driver_does_not_wait(store: Store) -> None:
+    jobs.submitted(store, "j", address=ADDRESS)
+
+    class Client:
+        status, driver_exit_code, message = JobStatus.FAILED, None, "no such image\nat all"
+
+        def get_job_info(self, id: str) -> Client:
+            return self
+
+    job = object.__new__(submission.Submitted)
+    job.store, job.address, job.id, job._client = store, ADDRESS, "j", Client()
+    with pytest.raises(ClusterError, match="no such image"):
+        job.begun(seconds=0)
+    assert next(status.lines(store)).endswith(", before its driver began: FAILED: no such image")
+    assert runner.invoke(app, ["stop", store.root]).output == f"no driver works on {store.root}\n"
+
+
+def test_a_submission_that_is_broken_off_leaves_no_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def list_jobs(self) -> list[object]:
+            return []
+
+        def submit_job(self, **job: object) -> None:
+            assert jobs.last(store)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(submission, "_client", lambda _: Client())
+    monkeypatch.setattr(submission, "_nodes", lambda _: [{"CPU": 1.0}])
+    with pytest.raises(KeyboardInterrupt):
+        submission.Submitted(STUDY, store, address=ADDRESS, command="c", allow_code_change=False, shared=True)
+    assert jobs.last(store) is None
+
+
+def test_the_note_of_the_end_is_not_waited_for_with_a_run_s_patience(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.submitted(store, "j", address=ADDRESS)
+    monkeypatch.setenv(jobs.JOB, "j")
+    written: list[float] = []
+    monkeypatch.setattr(jobs, "_put", lambda store, job: written.append(store.patience))
+    with jobs.driven(Store(store.root, patience=3600)):
+        pass
+    assert written == [3600, 5]
+
+
 def test_a_run_directory_of_another_machine_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(jobs.JOB, "j")
     with pytest.raises(ClusterError, match="of another machine"), jobs.driven(store):
@@ -210,17 +260,41 @@ def test_a_request_waits_for_the_driver_of_its_job(store: Store, quick: None, mo
     monkeypatch.setenv(jobs.JOB, "j")
     with pytest.raises(KeyboardInterrupt):
         drive(store, seconds=60)
-    assert not store.exists(stop.NAME)
+    assert not store.exists("stop/j.json")
     assert next(status.lines(store)).endswith("it was stopped")
 
 
-def test_a_request_to_another_driver_is_removed(store: Store, quick: None) -> None:
-    for content in (b'{"whom": "other", "by": "x"}', b'{"whom": "", "by": "x"}', b"[" * 100_000):
-        store.put(stop.NAME, content)
-        drive(store, seconds=0.3)
-    stop.ask(store, "other")
+def test_requests_to_others_wait_for_them(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for id in ("j", "k", "m"):
+        jobs.submitted(store, id, address=ADDRESS)
+    jobs.failed(store, "m", "FAILED: no such image")
+    monkeypatch.setattr(lock, "holder", lambda _: {"nonce": "n", "host": "h", "pid": 1, "started": "", "command": "c"})
+    done = runner.invoke(app, ["stop", store.root, "--wait", "0"])
+    assert "still at work after 0 s" in str(done.exception)
+    assert f"ray job stop --address {ADDRESS} k" in done.output
+    asked = [f"stop/{name}.json" for name in ("j", "k", "n")]
+    assert store.names("stop") == asked
+    drive(store, seconds=0.3)  # is none of them
+    assert store.names("stop") == asked
+    monkeypatch.setenv(jobs.JOB, "k")
+    with pytest.raises(KeyboardInterrupt):
+        drive(store, seconds=60)
+    assert store.names("stop") == ["stop/j.json", "stop/n.json"]
+
+
+@pytest.mark.parametrize("content", [b'{"whom": "j"}', b"[" * 100_000])
+def test_a_request_that_cannot_be_read_is_none(
+    store: Store, quick: None, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    jobs.submitted(store, "j", address=ADDRESS)
+    monkeypatch.setenv(jobs.JOB, "j")
+    store.put("stop/j.json", content)
     drive(store, seconds=0.3)
-    assert not store.exists(stop.NAME)
+    assert not store.exists("stop/j.json")
+
+
+def test_a_request_that_comes_as_a_command_ends_does_not_end_the_process() -> None:
+    signals.end_main()
 
 
 def test_nobody_to_stop(store: Store) -> None:
@@ -232,7 +306,7 @@ def test_nobody_to_stop(store: Store) -> None:
     done = runner.invoke(app, ["stop", store.root])
     assert (done.exit_code, done.output) == (0, f"no driver works on {store.root}\n")
     assert store.exists("study.json")
-    assert not store.exists(stop.NAME)
+    assert not store.names("stop")
 
 
 def test_who_does_not_stop_in_time_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +315,8 @@ def test_who_does_not_stop_in_time_is_named(store: Store, monkeypatch: pytest.Mo
         done = runner.invoke(app, ["stop", store.root, "--wait", "0.1"])
         assert f"asked to stop: process {os.getpid()} on" in done.output
         assert "still at work after 0.1 s" in str(done.exception)
-        assert store.exists(stop.NAME)
-    assert not store.exists(stop.NAME)
+        assert len(store.names("stop")) == 1
+    assert not store.names("stop")
 
 
 def test_a_driver_on_a_bucket_that_is_silent_for_long_is_none(store: Store) -> None:

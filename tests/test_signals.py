@@ -101,7 +101,7 @@ def test_a_command_that_does_not_go_down_when_it_is_stopped_is_ended_in_time(tmp
     assert asked.exit_code == 0, asked.output
     assert f"asked to stop: process {process.pid} on " in asked.output
     assert f"stopped; what is done is kept. To go on:\n  raybd run demo --run-dir {tmp_path}/run" in asked.output
-    assert not (tmp_path / "run" / "stop.json").exists()
+    assert not list((tmp_path / "run").glob("stop/*"))
 
 
 def test_a_terminal_that_is_closed_ends_a_command(tmp_path: Path) -> None:

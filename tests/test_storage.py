@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from raybd import lock, signals, tables
+from raybd import jobs, lock, signals, tables
 from raybd.assignment import remove_leftovers
 from raybd.errors import DataError, LockedError, StorageError
 from raybd.ledger import Kind, Ledger
@@ -162,7 +162,7 @@ def test_half_written_files_of_killed_writers_are_removed(tmp_path: Path) -> Non
 
 def test_every_place_that_a_run_writes_to_is_cleared(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    places = ["driver.lock", "examples.json", "preview.png", "report.html", "skipped.json", "stop.json", "study.json"]
+    places = ["driver.lock", "examples.json", "preview.png", "report.html", "skipped.json", "study.json"]
     places += [
         "errors/t.txt",
         "jobs/j.json",
@@ -170,7 +170,7 @@ def test_every_place_that_a_run_writes_to_is_cleared(tmp_path: Path) -> None:
         "pretrained/p.safetensors",
         "progress/t.json",
     ]
-    places += ["state/t.safetensors", "tables/epochs/t.parquet", "weights/t/epoch-0001.safetensors"]
+    places += ["state/t.safetensors", "stop/j.json", "tables/epochs/t.parquet", "weights/t/epoch-0001.safetensors"]
     for name in places:
         store.put(name, b"whole")
         path = Path(store.path(name))
@@ -283,6 +283,8 @@ def test_ledger_and_tables_of_a_bucket_tell_the_first_damage_first() -> None:
         ("s3://AKIAKEY:SECRET@bucket/run", "s3://…@bucket/run"),
         ("s3://AKIAKEY:SEC/RET+@bucket/run?region=x", "s3://…@bucket/run?region=x"),
         ("s3://AKIAKEY:1234SECRET@bucket/run", "s3://…@bucket/run"),
+        ("s3://AKIAKEY:1234/SECRET@bucket/run", "s3://…@bucket/run"),
+        ("abfss://:SECRET@bucket/run", "abfss://…@bucket/run"),
     ],
 )
 def test_credentials_in_an_address_are_refused_and_not_shown(uri: str, shown: str) -> None:
@@ -440,11 +442,19 @@ def test_a_silent_driver_that_beats_again_keeps_its_bucket(tmp_path: Path, quick
     beat.join()
 
 
-def test_a_driver_whose_bucket_was_taken_over_stops(tmp_path: Path, quick: None) -> None:
+def test_a_driver_whose_bucket_was_taken_over_stops(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(str(tmp_path))
+    jobs.submitted(store, "j", address="auto")
+    monkeypatch.setenv(jobs.JOB, "j")
 
     def drive() -> None:
-        with signals.interruptible(pytest.fail), lock._renewed(store, lock._self()):
+        with (
+            signals.interruptible(pytest.fail),
+            lock._renewed(store, lock._self()) as taken,
+            jobs.driven(store, taken),
+        ):
             store.put(lock.NAME, other())
             time.sleep(10)
 
@@ -452,6 +462,9 @@ def test_a_driver_whose_bucket_was_taken_over_stops(tmp_path: Path, quick: None)
         drive()
     assert json.loads(store.get(lock.NAME))["host"] == "elsewhere"
     assert not signals.received()
+    job = jobs.last(store)
+    assert job is not None
+    assert job.ended.endswith("another driver took the run directory over")
 
 
 def test_of_two_that_came_at_once_the_last_has_the_bucket(

@@ -1,8 +1,8 @@
 """A study as a job of Ray's: what is brought to the cluster, what is run there, and whether its driver has begun.
 
-Of this machine the study goes there, with every setting resolved, and nothing else: neither the folder that one stands
-in nor credentials. Data, checkpoints and class files stay where they are; their paths are part of the study, and a copy
-in Ray's own folders would make another study of it with each cluster.
+Of this machine the study goes there, with every setting resolved, the command that the user gave, and nothing else:
+neither the folder that one stands in nor credentials. Data, checkpoints and class files stay where they are; their
+paths are part of the study, and a copy in Ray's own folders would make another study of it with each cluster.
 """
 
 from __future__ import annotations
@@ -119,33 +119,39 @@ class Submitted:
             )
         self._refuse_second()
         self.id = f"raybd-{study.name}-{uuid.uuid4().hex[:8]}"
-        jobs.submitted(store, self.id, address=address)
+        try:
+            jobs.submitted(store, self.id, address=address)
+            self._submit(study, nodes, command=command, allow_code_change=allow_code_change)
+        except BaseException:  # Ctrl-C too: a job that was taken after all finds no record, and ends
+            jobs.forget(store, self.id)
+            raise
+
+    def _submit(self, study: Study, nodes: list[dict[str, float]], *, command: str, allow_code_change: bool) -> None:
         with tempfile.TemporaryDirectory(prefix="raybd-") as folder:
             (Path(folder) / file_name(study)).write_text(study_text(study), encoding="utf-8")
             job = {
-                "entrypoint": entrypoint(study, store.uri, allow_code_change=allow_code_change),
+                "entrypoint": entrypoint(study, self.store.uri, allow_code_change=allow_code_change),
                 "submission_id": self.id,
                 "runtime_env": runtime_env(folder, id=self.id, command=command),
-                "metadata": {_RUN: store.uri},
+                "metadata": {_RUN: self.store.uri},
                 "entrypoint_resources": head_resources(nodes),
             }
-            try:
-                self._asked(lambda: self._client.submit_job(**job))
-            except ClusterError:
-                jobs.forget(store, self.id)
-                raise
+            self._asked(lambda: self._client.submit_job(**job))
 
     def _refuse_second(self) -> None:
         """Refuse where a job waits to drive the run. One that has begun, and drives it no more, is about to end."""
         for job in self._asked(self._client.list_jobs):
-            if (job.metadata or {}).get(_RUN) != self.store.uri or job.status.is_terminal():
+            if (job.metadata or {}).get(_RUN) != self.store.uri:
+                continue
+            if job.status.is_terminal():
+                jobs.failed(self.store, job.submission_id, _reason(job))
                 continue
             found = jobs.read(self.store, job.submission_id)
             if found is None or not found.began:
                 raise LockedError(
                     f"job {job.submission_id} is to drive this run directory already ({job.status.value})",
                     where=self.store.uri,
-                    fix=f"wait for it, or `raybd stop {shlex.quote(self.store.uri)}`",
+                    fix=f"wait for it, or `{jobs.end_command(self.address, job.submission_id)}`",
                 )
 
     def begun(self, *, seconds: float) -> bool:
@@ -157,6 +163,7 @@ class Submitted:
         while True:
             info = self._asked(lambda: self._client.get_job_info(self.id))
             if info.status.is_terminal() and info.driver_exit_code != 0:
+                jobs.failed(self.store, self.id, _reason(info))
                 raise ClusterError(
                     f"{self.id} has ended ({info.status.value}): {info.message or 'no reason given'}",
                     where=f"--address {self.address}",
@@ -171,6 +178,11 @@ class Submitted:
 
     def _asked(self, question: Callable[[], T]) -> T:
         return _answer(question, self.address)
+
+
+def _reason(info: Any) -> str:
+    """Return how a job ended, in one line, as Ray's job API has it."""
+    return f"{info.status.value}: {(info.message or 'no reason given').partition(chr(10))[0]}"
 
 
 def _client(address: str) -> Any:
