@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from raybd import signals
 from raybd.assignment import settle
 from raybd.clean.trial import Assignment
-from raybd.cluster.history import distribution, make_sampler, told
+from raybd.cluster.history import History, distribution, make_sampler, told
 from raybd.cluster.search import _Watch
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.cluster.session import Share, resolve, watched_head
@@ -701,6 +701,16 @@ def test_of_a_long_search_tpe_is_shown_the_best_and_a_share_of_the_others() -> N
     assert best in shown
     assert shown <= set(found)
     assert len(driver.trials()) < 40
+
+
+@pytest.mark.usefixtures("few_shown")
+def test_tpe_is_shown_enough_to_model_however_many_it_draws_at_random_first() -> None:
+    history, left = History(Search(sampler="tpe", startup_trials=30), seed=1), []
+    for number in range(130):
+        history.add({}, (0.5, number / 1000))
+        left.append(len(history.optuna.get_trials(deepcopy=False)))
+    assert min(left[30:]) >= 30
+    assert max(left) == 120
 
 
 @pytest.mark.usefixtures("few_shown")

@@ -92,14 +92,15 @@ class History:
 
     TPE's time for a draw grows with what it is shown. Where twice `shown` have ended, it goes on with half of them: the
     best ones, which are the only ones that it takes for good, and of the others, whose density it estimates, as many as
-    are wanted, drawn at random. Of random search and of NSGA-II's last generations nothing is lost by it either.
+    are wanted, drawn at random.
 
     Args:
         seed: of what is drawn here.
+        shown: trials that are left, or twice as many as TPE draws at random before it models, where that is more.
     """
 
     def __init__(self, search: Search, *, seed: int, shown: int = SHOWN) -> None:
-        self._search, self._seed, self._shown = search, seed, shown
+        self._search, self._seed, self._shown = search, seed, max(shown, 2 * search.startup_trials)
         self._distributions = {name: distribution(name, found) for name, found in search.space.items()}
         self._waited_for: list[Drawn] = []
         self._halvings = 0
