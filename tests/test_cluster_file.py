@@ -192,6 +192,12 @@ ONE = {
         "setup_commands.0",
         "a quote without its end",
     ),
+    "a command of one node type that no shell takes": (
+        "aws",
+        [("available_node_types.head.worker_setup_commands", ["if true; then echo"])],
+        "available_node_types.head.worker_setup_commands.0",
+        "no shell takes it",
+    ),
     "a container without a name": ("aws", [("docker", {"image": "i"})], "", "Ray would refuse it: Must provide a"),
 }
 
@@ -387,6 +393,7 @@ def test_paths_variables_and_modes_are_no_secrets() -> None:
     commands = [
         "export TOKEN=$TOKEN AWS_SECRET_ACCESS_KEY=${KEY} RAY_AUTH_MODE=token; docker login --password-stdin -u me",
         "export TOKENIZERS_PARALLELISM=false HF_TOKEN_CHECK=no MAX_TOKENS=1000",
+        """echo "$(echo "it's")" && curl http://host:8080/a@b""",
         "export API_KEY=$(cat ~/key) && tool --token-file x --password=$PASSWORD && cat /etc/secret",
     ]
     text = changed("aws", ("head_setup_commands", commands), ("auth.ssh_private_key", "~/.ssh/key.pem"))

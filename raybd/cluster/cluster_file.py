@@ -11,8 +11,11 @@ import math
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +49,7 @@ _TO_FILL_IN = {
 _FILL_IN = re.compile(rf"(?<![$\w{{])({'|'.join(_TO_FILL_IN)})(?!\w)")
 _MACHINE = {"aws": "InstanceType", "gcp": "machineType"}  # what a node_config cannot do without
 _NO_TYPES = ("local", "kuberay", "readonly")  # providers whose machines are not described in the file
+_BASH_SECONDS = 10.0  # on a machine that may be busy
 _CONTEXT = ("cluster_name", "provider", "max_workers", "available_node_types", "head_node_type")
 
 
@@ -315,15 +319,21 @@ def is_price(value: object) -> bool:
 
 def _commands(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yield commands that no shell takes, and that Ray's own setup would install a nightly build, and not raybd."""
-    for place, _, command in walk({key: found for key, found in config.items() if key.endswith("_commands")}):
-        if isinstance(command, str) and "<<" not in command:
-            try:
-                shlex.split(command, comments=True)
-            except ValueError:
-                yield (
-                    place,
-                    "a quote without its end, maybe as YAML takes what follows ` #` for a comment: write it after >-",
-                )
+    types = config.get("available_node_types")
+    sections: list[tuple[Place, Any]] = [((), config)]
+    if isinstance(types, dict):
+        sections += [(("available_node_types", str(name)), kind) for name, kind in types.items()]
+    for above, section in sections:
+        for key, commands in section.items() if isinstance(section, dict) else ():
+            if not str(key).endswith("_commands"):
+                continue
+            for place, _, command in walk({key: commands}, above):
+                if isinstance(command, str) and not _is_shell(command):
+                    yield (
+                        place,
+                        "no shell takes it: a quote without its end, or the like, maybe as YAML takes what follows ` #`"
+                        " for a comment: write it after >-",
+                    )
     if config["provider"]["type"] in ("aws", "gcp", "azure") and "setup_commands" not in config:
         docker = config.get("docker")
         if not (isinstance(docker, dict) and (docker.get("image") or docker.get("head_image"))):
@@ -331,6 +341,21 @@ def _commands(config: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
                 ("setup_commands",),
                 "missing: Ray's own would install a nightly build of Ray and nothing else; install raybd",
             )
+
+
+@cache
+def _is_shell(command: str) -> bool:
+    """Say whether bash can read a command, which it does not run; True where there is no bash to ask."""
+    if (bash := shutil.which("bash")) is None:
+        return True
+    # As input: as an argument it would have a greatest length. Without the environment, which may name a file to run.
+    try:
+        done = subprocess.run(
+            [bash, "-n"], input=command.encode(errors="replace"), capture_output=True, env={}, timeout=_BASH_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return done.returncode == 0
 
 
 def _with_study(config: Mapping[str, Any], study: Study | None, found: list[tuple[Place, str]]) -> Verdict:
