@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError
 
-from raybd.cluster.gloo import _meet_on_rays_network, interface_of
+from raybd.cluster.gloo import _meet_on_rays_network, interface_of, warn_of_unknown
 from raybd.cluster.pretrain import _failures, _is_open, _note
 from raybd.errors import DataError, NonFiniteError, SupersededError
 from raybd.ledger import Kind, Ledger
@@ -90,5 +90,19 @@ def test_workers_meet_on_the_network_that_ray_uses(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
         if given is None:
             monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-        _meet_on_rays_network()
+        assert _meet_on_rays_network() == ("127.0.0.1", used)
         assert os.environ["GLOO_SOCKET_IFNAME"] == used
+
+
+def test_an_address_without_an_interface_is_named_where_there_are_several_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("raybd.cluster.gloo.log.warning", lambda form, *values: said.append(form % values))
+    warn_of_unknown([("10.0.0.1", None), ("10.0.0.1", None)])
+    warn_of_unknown([("10.0.0.1", "eth0"), ("10.0.0.2", "eth0")])
+    assert said == []
+    warn_of_unknown([("10.0.0.1", "eth0"), ("10.0.0.2", None)])
+    assert len(said) == 1
+    assert "10.0.0.2" in said[0]
+    assert "GLOO_SOCKET_IFNAME" in said[0]

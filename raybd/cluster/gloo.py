@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -10,6 +11,8 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
+
+log = logging.getLogger(__name__)
 
 _SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
@@ -29,13 +32,31 @@ class GlooConfig(TorchConfig):
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_meet_on_rays_network)
+        warn_of_unknown(worker_group.execute(_meet_on_rays_network))
         super().on_start(worker_group, backend_config)
 
 
-def _meet_on_rays_network() -> None:
-    if name := interface_of(ray.util.get_node_ip_address()):
+def _meet_on_rays_network() -> tuple[str, str | None]:
+    """Return the node's address, and the interface on which this worker meets others, if it is known."""
+    address = ray.util.get_node_ip_address()
+    if name := interface_of(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return address, os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+def warn_of_unknown(found: list[tuple[str, str | None]]) -> None:
+    """Name the addresses of nodes whose interface is not known, where workers are on several nodes.
+
+    Args:
+        found: address and interface of each worker's node.
+    """
+    unknown = sorted({address for address, name in found if name is None})
+    if unknown and len({address for address, _ in found}) > 1:
+        log.warning(
+            "no network interface is known for %s: gloo takes the one that the machine's name leads to; if workers do "
+            "not meet, set GLOO_SOCKET_IFNAME there",
+            ", ".join(unknown),
+        )
 
 
 def interface_of(address: str) -> str | None:
