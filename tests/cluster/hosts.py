@@ -66,6 +66,7 @@ class Host:
 
     Attributes:
         pid: its first process; all others end with it.
+        namespace: of its processes, as Linux calls it: it says whose they are, also once the first one is gone.
         folder: what it has of its own, as the machine sees it: `home`, `tmp`.
         cable: name of the end of its cable at the switch, on the operator's machine.
     """
@@ -73,6 +74,7 @@ class Host:
     name: str
     address: str
     pid: int
+    namespace: str
     folder: Path
     cable: str
 
@@ -82,11 +84,7 @@ class Host:
 
     def processes(self) -> list[Process]:
         """Return what runs on the host."""
-        try:
-            own = os.readlink(f"/proc/{self.pid}/ns/pid")
-        except OSError:
-            return []
-        return running(lambda folder: os.readlink(folder / "ns" / "pid") == own)
+        return running(lambda folder: os.readlink(folder / "ns" / "pid") == self.namespace)
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,8 @@ def network(count: int) -> Iterator[Network]:
             with open(own / "boot.log", "wb") as log:
                 started.append(subprocess.Popen([*_UNSHARE, "bash", str(own / "boot")], stdout=log, stderr=log))
             pid = _booted(own, started[-1])
-            machines.append(Host(name, f"{_NETWORK}.{number + 1}", pid, own, f"port{number}"))
+            namespace = os.readlink(f"/proc/{pid}/ns/pid")
+            machines.append(Host(name, f"{_NETWORK}.{number + 1}", pid, namespace, own, f"port{number}"))
         operator, *hosts = machines
         _wire(operator, hosts)
         yield Network(base, base / "home", base / "key", operator, tuple(hosts))
