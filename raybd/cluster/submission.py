@@ -29,6 +29,10 @@ _HEAD, _HEAD_SHARE = "head", 0.01
 _RUN = "raybd_run"  # the run directory, in a job's metadata
 _POLL_SECONDS = 1.0
 _OVERRIDE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_CHATTY = (
+    *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+    "ray._private.runtime_env.packaging",
+)
 
 T = TypeVar("T")
 
@@ -191,8 +195,8 @@ def _client(address: str) -> Any:
             os.environ.pop(name, None)
     from ray.job_submission import JobSubmissionClient
 
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)  # what it uploads is no news to anybody
+    for name in _CHATTY:  # what it uploads is no news to anybody
+        logging.getLogger(name).setLevel(logging.ERROR)
     return _answer(lambda: JobSubmissionClient(address), address)
 
 
