@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 from test_status import counts
 from test_sweeps import made, write
+from test_tracking import only_caplog
 
 from raybd import dashboard
 from raybd.assignment import Assignment, settle, start_record
@@ -87,7 +87,7 @@ def test_a_run_under_way_is_followed(store: Store) -> None:
 def test_what_is_ended_in_the_dashboard_costs_no_other_trial(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+    only_caplog(monkeypatch)
     start(store, 0, 1)
     mirror = Mirror(store)
     (mmcl, _) = studies(mirror).values()

@@ -196,6 +196,12 @@ def test_what_a_killed_call_left_out_is_given_by_the_next(tmp_path: Path) -> Non
     assert all(store.get(name) == content for name, content in before.items())
 
 
+def only_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let warnings reach caplog, once, whatever an earlier command did to the logger."""
+    monkeypatch.setattr(logging.getLogger("raybd"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+
+
 def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +212,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
     def closed() -> TensorBoard:
         raise RaybdError("no such server")
 
-    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+    only_caplog(monkeypatch)
     store = Store(str(tmp_path))
     given = Tracking(store, {"a": lambda: Broken(store), "b": closed, "c": lambda: TensorBoard(store)})
     for _ in range(3):
@@ -296,7 +302,7 @@ def test_mlflow_runs_end_with_the_call_and_go_on_with_the_next(tmp_path: Path, m
 def test_a_call_that_ends_waits_for_trackers_only_for_a_while(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("raybd"), "propagate", True)
+    only_caplog(monkeypatch)
     store, answer = Store(str(tmp_path)), threading.Event()
 
     def slow() -> TensorBoard:
