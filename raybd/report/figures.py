@@ -211,15 +211,20 @@ def _front_panel(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> N
 
 
 def _intervals(axis: Axes, points: Iterable[Row], members: Collection[tuple[str, int]]) -> None:
-    """Draw the 95 % intervals of both rates through the points of a front, where they were counted."""
+    """Draw the 95 % intervals of both rates through the points of a front; `Points`, and some tables, have no counts."""
     lines = []
     for row in points:
-        if (row["trial_id"], row["epoch"]) in members and row["n_clean"] and row["n_triggered"]:
-            x, y = 100 * row["asr_top1"], 100 * row["zeroshot_top1"]
-            low, high = wilson(row["hit_target"], row["n_triggered"])
-            lines.append([(100 * low, y), (100 * high, y)])
-            low, high = wilson(row["correct_clean"], row["n_clean"])
-            lines.append([(x, 100 * low), (x, 100 * high)])
+        if (row["trial_id"], row["epoch"]) not in members:
+            continue
+        hit, triggered = row.get("hit_target"), row.get("n_triggered")
+        correct, clean = row.get("correct_clean"), row.get("n_clean")
+        if hit is None or correct is None or not triggered or not clean:
+            continue
+        x, y = 100 * row["asr_top1"], 100 * row["zeroshot_top1"]
+        low, high = wilson(hit, triggered)
+        lines.append([(100 * low, y), (100 * high, y)])
+        low, high = wilson(correct, clean)
+        lines.append([(x, 100 * low), (x, 100 * high)])
     if lines:
         label = "95 % intervals of front points"
         axis.add_collection(LineCollection(lines, colors=FRONT, alpha=0.45, linewidths=0.9, zorder=3, label=label))
