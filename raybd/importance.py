@@ -25,6 +25,7 @@ LEAST_TRIALS = 8  # with fewer, groups are too small to say anything
 _A_GROUP = 4  # trials, on average, at least
 _MOST_GROUPS = 5
 _PERMUTATIONS = 1000
+_BLOCK = 50  # permutations at a time
 _CHANCE = 0.95
 
 Floats = NDArray[np.float64]
@@ -85,7 +86,7 @@ def of_run(epochs: Sequence[Row], trials: Iterable[Row]) -> list[dict[str, Any]]
             }
             same = {"objective": objective, "pretrain_id": pretrain_id, "setting": name}
             count = {"trials": len(having), "groups": int(groups.max()) + 1}
-            measured = {measure: importance(groups, score, seed=fork(0, name)) for measure, score in scores.items()}
+            measured = {measure: importance(groups, score, seed=fork(0, ascii(name))) for measure, score in scores.items()}
             entries.append({**same, **count, **measured})
         found += sorted(entries, key=lambda entry: -max(entry[measure]["share"] for measure in OBJECTIVES))
     return found
@@ -95,7 +96,7 @@ def _settings(trial: Row) -> Mapping[str, Any]:
     """Return the searched settings of a trial; where nobody wrote down which they are, all that are known."""
     try:
         searched = json.loads(trial["params_json"] or "{}")
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or a number of too many digits
         searched = {}
     if not isinstance(searched, dict) or not searched:
         known = {name: trial[column] for name, (column, _) in tables.SETTINGS.items()}
@@ -118,11 +119,18 @@ def grouped(values: Sequence[Any]) -> Groups | None:
         return None
     if len(distinct) <= most:
         return np.array([distinct.index(text) for text in texts], dtype=np.int64)
-    if any(isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) for value in values):
+    if any(isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value) for value in values):
         return None
     numbers = np.array(values, dtype=np.float64)
     edges = np.unique(np.quantile(numbers, np.arange(1, most) / most, method="lower"))
     return np.unique(np.searchsorted(edges, numbers, side="left"), return_inverse=True)[1].astype(np.int64)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer larger than any float
+        return False
 
 
 def importance(groups: Groups, score: Floats, *, seed: int) -> dict[str, float]:
@@ -143,9 +151,14 @@ def importance(groups: Groups, score: Floats, *, seed: int) -> dict[str, float]:
     if between < 1 or ranks.std() == 0:
         return {"share": 0.0, "chance": 0.0}
     generator = np.random.default_rng(seed)
-    orders = np.stack([np.arange(number), *(generator.permutation(number) for _ in range(_PERMUTATIONS))])
+    centred_N = ranks - ranks.mean()
     member_NK = (groups[:, None] == np.arange(len(sizes))).astype(np.float64)
-    means_PK = (ranks - ranks.mean())[orders] @ member_NK / sizes
+    means_PK = np.empty((1 + _PERMUTATIONS, len(sizes)))
+    means_PK[0] = centred_N @ member_NK / sizes
+    for row in range(1, len(means_PK), _BLOCK):  # all permutations of many trials at once would fill the memory
+        block = min(_BLOCK, len(means_PK) - row)
+        orders_BN = np.stack([generator.permutation(number) for _ in range(block)])
+        means_PK[row : row + block] = centred_N[orders_BN] @ member_NK / sizes
     h_P = (means_PK**2 * sizes).sum(axis=1) / ranks.var(ddof=1)
     share_P = np.maximum(0.0, (h_P - len(sizes) + 1) / between)
     return {"share": float(share_P[0]), "chance": float(np.quantile(share_P[1:], _CHANCE))}

@@ -90,7 +90,7 @@ def other_params(trial: Row) -> str:
     """Return the searched settings of a trial that have no column of their own in a table of points."""
     try:
         params = json.loads(trial["params_json"] or "{}")
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or a number of too many digits
         return ""
     return ", ".join(f"{name} {number(value)}" for name, value in sorted(params.items()) if name not in _SHOWN)
 
