@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
 
@@ -50,7 +51,10 @@ def print_plan(
     cluster: str | None,
     prices: list[str] | None,
 ) -> None:
-    """Print what a study would do and cost; see `planning.make`, and `planning.billed` for a cluster file."""
+    """Print what a study would do and cost; see `planning.make`, and `planning.billed` for a cluster file.
+
+    Mistakes in what is given are told before anything is measured.
+    """
     from raybd import study_file
 
     priced = dict(_price(text) for text in prices or ())
@@ -61,10 +65,16 @@ def print_plan(
     # These import torch, which a mistake in the study does not wait for.
     from raybd import planning
     from raybd.report import planned
+    from raybd.train.probe import Unmeasured
 
-    speed = planning.speed(found, tflops=tflops, probe=probe, search=search)
-    made = planning.make(found, speed=speed, search=search)
-    plan = (planning.billed(made, found, cluster, priced) if cluster is not None else made).as_dict()
+    verdict = planning.priced(found, cluster, priced) if cluster is not None else None
+    speed, unmeasured = None, None
+    try:
+        speed = planning.speed(found, tflops=tflops, probe=probe, search=search)
+    except Unmeasured as error:
+        unmeasured = error.what
+    made = replace(planning.make(found, speed=speed, search=search), unmeasured=unmeasured)
+    plan = (planning.billed(made, verdict) if verdict is not None else made).as_dict()
     if format_ is PlanFormat.JSON:
         echo(json.dumps(plan, indent=1))
         return

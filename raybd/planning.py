@@ -15,6 +15,7 @@ from raybd import costs, provenance, stopping
 from raybd import space as search_space
 from raybd.cluster import bill, cluster_file
 from raybd.cluster.bill import Bill
+from raybd.cluster.cluster_file import Verdict
 from raybd.data import cache, prompts, shards
 from raybd.data.pairs import steps
 from raybd.errors import DataError, StudyError
@@ -100,6 +101,7 @@ class Plan:
         drawn: whether trials are stood for by draws at random, the sampler's own not being known beforehand.
         left_out: points of a grid that `num_trials` leaves out, for each objective.
         bill: what it takes on a certain cluster, where one was given.
+        unmeasured: why there is no speed, where one was to be measured.
     """
 
     study: str
@@ -111,6 +113,7 @@ class Plan:
     speed: Speed | None
     storage: Storage
     bill: Bill | None = None
+    unmeasured: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able data, with totals."""
@@ -156,8 +159,8 @@ def make(study: Study, *, speed: Speed | None, search: bool) -> Plan:
     )
 
 
-def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) -> Plan:
-    """Return a plan with what it takes on the machines of a cluster file.
+def priced(study: Study, cluster: str, prices: Mapping[str, float]) -> Verdict:
+    """Return what there is on the machines of a cluster file and what the study takes of it, with prices.
 
     Args:
         cluster: path of the file; words that are to be filled in may stand in it.
@@ -166,7 +169,6 @@ def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) 
     Errors: StudyError for mistakes in the file, what of the study finds no place there, and prices of other node types.
     """
     verdict = cluster_file.check(Path(cluster), study, filled_in=False)
-    assert verdict.share is not None
     names = [kind.name for kind in verdict.machines.kinds]
     for name, price in prices.items():
         if name not in names:
@@ -175,10 +177,15 @@ def billed(plan: Plan, study: Study, cluster: str, prices: Mapping[str, float]) 
             )
         if not cluster_file.is_price(price):
             raise StudyError(f"{name}={price}", where="--price", expected="USD for an hour of a machine, 0 or more")
+    return replace(verdict, machines=replace(verdict.machines, prices={**verdict.machines.prices, **prices}))
+
+
+def billed(plan: Plan, verdict: Verdict) -> Plan:
+    """Return a plan with what it takes on the machines of a cluster file, see `priced`."""
+    assert verdict.share is not None
     stages = dict.fromkeys(part.stage for part in plan.parts)
     work = {stage: bill.added(part.device_hours for part in plan.parts if part.stage == stage) for stage in stages}
-    machines = replace(verdict.machines, prices={**verdict.machines.prices, **prices})
-    return replace(plan, bill=bill.make(machines, verdict.share, work))
+    return replace(plan, bill=bill.make(verdict.machines, verdict.share, work))
 
 
 def speed(study: Study, *, tflops: float | None, probe: bool, search: bool) -> Speed | None:
@@ -191,7 +198,7 @@ def speed(study: Study, *, tflops: float | None, probe: bool, search: bool) -> S
         probe: measure.
         search: with the trials, or pretraining alone.
 
-    Errors: StudyError, as `make`; RaybdError where no trial can be run.
+    Errors: StudyError, as `make`; Unmeasured where no trial can be run.
     """
     if tflops is not None:
         return Speed(tflops * 1e12, tflops * 1e12, how=f"computed for {tflops:g} TFLOP/s sustained (--tflops)")

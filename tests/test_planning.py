@@ -232,12 +232,18 @@ def test_short_trials_tell_the_speed_of_each_kind_of_run(monkeypatch: pytest.Mon
     assert [timed.kind for timed in speed.kinds] == ["deep_clustering with views", "pretraining"]
     assert not speed.failed
     assert torch.get_num_threads() == threads
+    sizes = planning.sizes(study)
+    most_prompts = planning._prompts(study, sizes) / sizes.images + 0.5  # for an image; of few images rounded up
     for timed in speed.kinds:
         assert 2 <= timed.batch <= 64
         assert timed.steps >= 1
-        # Both say the same: a step's operations at its rate are its seconds.
-        assert timed.step_seconds > 0
-        assert timed.image_seconds > 0
+        # Seconds and rates say the same: operations at their rate take their seconds.
+        settings = study.clean.settings({}) if "deep" in timed.kind else study.pretrain.settings("mmcl")
+        step = probe._epoch_cost(study, probe._shortened(settings, 64), 64) * timed.batch / 64
+        assert timed.step_seconds * timed.training == pytest.approx(step, rel=0.2)
+        tower = costs.towers(study.model.name)
+        assert tower.image_forward <= timed.image_seconds * timed.forward
+        assert timed.image_seconds * timed.forward < tower.image_forward + most_prompts * tower.text_forward
         assert 1e7 < timed.training < 1e13
         assert 1e7 < timed.forward < 1e13
     plan = planning.make(study, speed=speed, search=True)
@@ -259,8 +265,10 @@ def test_kinds_that_cannot_be_tried_or_come_too_late_are_taken_from_the_others(m
     )
     speed = planning.speed(study, tflops=None, probe=True, search=True)
     assert speed is not None
-    assert ["/nowhere.safetensors" in reason for reason in speed.failed] == [True]
+    assert speed.failed == (), "their labeller is not looked for"
     assert "pseudo_labels with views" not in [timed.kind for timed in speed.kinds]
+    shown = planned.lines(planning.make(study, speed=speed, search=True).as_dict(), gpu_wanted=False)
+    assert any("not tried" in line and "pseudo_labels with views" in line for line in shown)
     monkeypatch.setattr(probe, "_SECONDS", 0.0)
     alone = planning.speed(tiny(), tflops=None, probe=True, search=True)
     assert alone is not None
@@ -286,6 +294,44 @@ def test_a_batch_too_large_for_the_device_is_halved(monkeypatch: pytest.MonkeyPa
     study = tiny()
     assert probe._timed(study, study.clean.settings({}), work, torch.device("cpu"), 1.0) == "timed"
     assert asked == [32, 16]
+
+
+def test_where_nothing_can_be_measured_the_plan_has_no_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(probe, "_first_rate", full)
+    done = runner.invoke(app, ["run", str(TINY), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.output.split())
+    assert "device-hours: not measured: cleanclip" in shown
+    assert "does not fit this device; say what a device sustains with --tflops" in shown
+    monkeypatch.setattr(probe, "_first_rate", lambda *given: 1e12)
+    monkeypatch.setattr(probe, "_short_trial", full)
+    found = json.loads(runner.invoke(app, ["pretrain", str(TINY), "--dry-run", "-f", "json"]).output)
+    assert found["speed"] is None
+    assert found["unmeasured"].startswith("pretraining")
+    labels = tiny(
+        "pretrain={epochs: 0, objectives: {suspect: {}}}",
+        "model.start=suspect.pt",
+        "clean.method=pseudo_labels",
+        "clean.pseudo_labels={model: ViT-L-14, checkpoint: openai}",
+        "search.space={lr: {low: 1e-3, high: 1e-2}}",
+    )
+    with pytest.raises(probe.Unmeasured, match="would fetch its labeller"):
+        planning.speed(labels, tflops=None, probe=True, search=True)
+
+
+def test_mistakes_about_a_cluster_are_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*given: object, **more: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(planning, "speed", measured)
+    done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--cluster", str(tmp_path / "none.yaml")])
+    assert isinstance(done.exception, StudyError)
+    assert "no such cluster file" in str(done.exception)
 
 
 def test_speed_is_given_or_left_open() -> None:

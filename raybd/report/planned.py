@@ -59,7 +59,9 @@ def lines(plan: Mapping[str, Any], *, gpu_wanted: bool) -> list[str]:
         said.append(f"trials: num_trials leaves out {plan['left_out']} points of the grid for each pretrain objective")
     if sizes["classes"] is None:
         said.append("evaluation: the class list is not here, so prompts are not counted")
-    if speed is None:
+    if plan["unmeasured"]:
+        said.append(f"device-hours: not measured: {plan['unmeasured']}; say what a device sustains with --tflops")
+    elif speed is None:
         said.append("device-hours: not measured; give --tflops, or leave --no-probe out")
     else:
         rates = f"{_number(speed['training'] / 1e12)} TFLOP/s training, {_number(speed['forward'] / 1e12)} evaluating"

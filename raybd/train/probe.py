@@ -104,6 +104,10 @@ class Workload:
     worker_threads: int
 
 
+class Unmeasured(RaybdError):
+    """No kind of run could be measured."""
+
+
 def kind(settings: TrainSettings) -> str:
     """Return what a run's step is made of: its method, and whether it looks at augmented views."""
     method = settings.method.value if isinstance(settings, CleanSettings) else "pretraining"
@@ -114,9 +118,10 @@ def measure(study: Study, work: Workload) -> Speed:
     """Time a short trial of each kind of run, the kinds that the study spends most on first.
 
     Bounded: once 40 s have gone, kinds that are left are taken for as fast, by operations, as those that were measured.
-    Reading and decoding data is no part of it.
+    So are trials with pseudo-labels, whose labeller would have to be fetched. Reading and decoding data is no part of
+    it.
 
-    Errors: RaybdError where not even one kind can be measured.
+    Errors: Unmeasured where not even one kind can be measured.
     """
     started = time.perf_counter()
     device = torch.device("cuda" if work.use_gpu else "cpu")
@@ -128,13 +133,17 @@ def measure(study: Study, work: Workload) -> Speed:
             break
         threads = work.trial_threads if isinstance(settings, CleanSettings) else work.worker_threads
         with _threads(threads):
-            rate = rate or _first_rate(study.model.name, device)
             try:
+                rate = rate or _first_rate(study.model.name, device)
                 found.append(_timed(study, settings, work, device, rate))
+            except torch.OutOfMemoryError:
+                failed.append(RaybdError("does not fit this device", where=kind(settings)))
             except RaybdError as error:
                 failed.append(error)
     if not found:
-        raise failed[0]
+        reasons = dict.fromkeys(f"{error.where}: {error.what}" if error.where else error.what for error in failed)
+        what = "; ".join(reasons) or "a trial with pseudo-labels would fetch its labeller"
+        raise Unmeasured(what, fix="give --no-probe or --tflops")
     name = torch.cuda.get_device_name(device) if work.use_gpu else f"cpu, {work.trial_threads} threads a trial"
     return Speed(
         training=_mean(timed.training for timed in found),
@@ -153,10 +162,11 @@ def _mean(rates: Iterable[float]) -> float:
 
 
 def _representatives(runs: Sequence[tuple[TrainSettings, float]]) -> list[TrainSettings]:
-    """Return a run for each kind, of its median batch size: a trial first, then by what the kinds cost in all."""
+    """Return a run for each kind to measure, of its median batch size: a trial first, then by what kinds cost in all."""
     kinds: dict[str, list[tuple[TrainSettings, float]]] = {}
     for run in runs:
-        kinds.setdefault(kind(run[0]), []).append(run)
+        if not (isinstance(run[0], CleanSettings) and run[0].method is Method.PSEUDO_LABELS):
+            kinds.setdefault(kind(run[0]), []).append(run)
     groups = sorted(kinds.values(), key=lambda group: -sum(cost for _, cost in group))
     first = next((group for group in groups if isinstance(group[0][0], CleanSettings)), None)
     groups.sort(key=lambda group: group is not first)  # the others stay in their order
