@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from raybd import fronts, tables
+from raybd import fronts, importance, tables
 from raybd.report import figures, html, text
 from raybd.store import Store
 from tests.browser import CHROMIUM, QUIET
@@ -192,10 +192,30 @@ def test_a_report_shows_attacks_as_text(made: tuple[Store, list[str], str]) -> N
     assert missing == []
 
 
+def test_settings_of_any_name_and_size_are_judged(tmp_path: Path) -> None:
+    """Half of a surrogate pair as a name, integers that no float holds: the page is written, and shows the name."""
+    same = {"objective": "mmcl", "pretrain_id": "p", "method": "par"}
+    epochs, trials = [], []
+    for number in range(8):
+        mine = {**same, "trial_id": f"t{number}"}
+        params = json.dumps({"\ud800": number % 2, "huge": 10**400 + number})
+        trials.append(row("trials", **mine, number=number, state="complete", params_json=params))
+        for epoch in range(2):
+            scores = rates(0.7 - epoch * number / 100, 0.9 - epoch * number / 10)
+            epochs.append(row("epochs", **mine, epoch=epoch, split="all", **scores))
+    store = Store(str(tmp_path))
+    tables.write(store, "epochs", "e", epochs)
+    tables.write(store, "trials", "t", trials)
+    store.put("study.json", b'{"study": {"name": "hostile"}}')
+    assert [entry["setting"] for entry in importance.of_run(epochs, trials)] == ["\ud800"]
+    assert "\\ud800 0" in Texts(html.build(store).decode()).text
+
+
 def test_other_scripts_and_requests_are_forbidden_by_the_page_itself(made: tuple[Store, list[str], str]) -> None:
     head = made[2].partition("<title>")[0]
     ours = base64.b64encode(hashlib.sha256(OURS.encode()).digest()).decode()
-    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{ours}'\"" in head
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{ours}'; " in head
+    assert "; base-uri 'none'; form-action 'none'\"" in head
     assert head.count("Content-Security-Policy") == head.count("script-src") == 1
 
 

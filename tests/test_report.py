@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from raybd import analysis, examples, fronts, metrics, tables
 from raybd.cli import app
 from raybd.errors import DataError, RaybdError, StorageError
+from raybd.points import Points
 from raybd.report import drawn, figures, grids, html, measure_figures, spent, targets, text, words
 from raybd.store import Store
 from tests.browser import BASH, CHROMIUM, Browser
@@ -290,6 +291,7 @@ def test_each_front_point_has_its_command_of_export_and_can_be_reached(run: Stor
     label = "trial 1, cleanclip: lr 4e-5, epochs 3, weights 1 / 2, weight_decay 0.25"
     assert page.count(f"<title>{label}</title>") == 2 * 3
     assert f"raybd run study.yaml --run-dir {run.root}" in shown
+    assert f"raybd export {run.root} TRIAL:EPOCH" in shown
 
 
 def test_points_lie_where_the_figure_has_them() -> None:
@@ -305,6 +307,8 @@ def test_points_lie_where_the_figure_has_them() -> None:
         for dot in tree.iter(f"{space}circle")
         if dot.get("role") == "button"
     }
+    courses = [[dot.get("data-p", "").split("|")[0] for dot in group.iter(f"{space}circle")] for group in tree]
+    assert all(course == [str(epoch) for epoch in range(len(course))] for course in courses), "from epoch 0"
     # The markers of fronts, as matplotlib has put them: `use` elements.
     theirs = {(float(use.get("x", "0")), float(use.get("y", "0"))) for use in tree.iter(f"{space}use")}
     assert ours
@@ -395,7 +399,7 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
         assert browser.run(_TIP) == ""
         assert browser.run(line) != hidden
         assert browser.run("document.querySelectorAll('g.trial.chosen').length") == 3
-        assert browser.run("document.querySelectorAll('#trial-detail tbody tr').length") == 3
+        assert browser.run("document.querySelectorAll('#trial-detail tbody tr').length") == 4
         browser.screenshot(shots / "report-390-dark-chosen.png", whole=False)
         browser.key("Escape")
         assert browser.run("document.querySelectorAll('.chosen').length") == 0
@@ -572,6 +576,27 @@ def test_front_figure_marks_the_batchnorm_baseline() -> None:
     assert "BatchNorm refresh only" not in [line.get_label() for line in plain.axes[0].lines]
 
 
+@pytest.mark.parametrize("missing", ["hit_target", "correct_clean", "n_clean"])
+def test_intervals_are_drawn_where_all_was_counted(missing: str) -> None:
+    def crosses(epochs: Any) -> int:
+        drawn = figures.front_figure(epochs, front)
+        return sum(bool(lines.get_label().startswith("95 %")) for axis in drawn.axes for lines in axis.collections)
+
+    front = fronts.compute(_epoch_rows(), _trial_rows())
+    assert crosses(_epoch_rows()) == 2
+    assert crosses([{**row, missing: None} for row in _epoch_rows()]) == 0
+    assert crosses(Points.of(_epoch_rows())) == 0, "points have no counts"
+
+
+def test_an_address_keeps_what_it_is_found_by_and_no_key() -> None:
+    def named(query: str) -> str:
+        return html._location(Store(f"s3://bucket/run?{query}"))
+
+    place = "endpoint_override=127.0.0.1:9000&scheme=http&region=us-east-1"
+    assert named(place) == f"s3://bucket/run?{place}"
+    assert named("scheme=http&region=my-secret") == "s3://bucket/run"
+
+
 def test_nothing_measured_nothing_drawn() -> None:
     assert measure_figures.method_figure(fronts.summarise(fronts.compute(_epoch_rows(), _trial_rows()))) is None
     assert measure_figures.instability_figure([]) is None
@@ -599,15 +624,18 @@ def test_measures_are_in_the_report(page: str) -> None:
 
 def test_report_of_several_methods_shows_their_front_and_the_baseline(tmp_path: Path) -> None:
     store, (epochs, trials) = Store(str(tmp_path)), _method_rows()
-    tables.write(store, "epochs", "e", epochs)
+    tables.write(store, "epochs", "e", [{**row, "checkpoint": None} for row in epochs])
     tables.write(store, "trials", "t", trials)
-    store.put("study.json", json.dumps({"study": {"name": "methods"}}).encode())
+    replayed = {"study": {"name": "methods"}, "kind": "replay", "on": {"path": "elsewhere", "nearest": True}}
+    store.put("study.json", json.dumps(replayed).encode())
     shown = _Page(html.build(store).decode()).text
     assert "mmcl cleaned by any method" in shown
     assert "mmcl cleaned by par" not in shown
     assert "Cleaning methods: chosen on the search half" in shown
     assert "Baseline, BatchNorm statistics refreshed and nothing trained" in shown
     assert "par, lr 4e-5" in shown
+    assert "raybd replay study.yaml --on CURVES --nearest --run-dir runs/again" in shown
+    assert "A front point as a folder" not in shown, "none was kept"
 
 
 def test_report_of_imported_results_says_what_is_not_known(tmp_path: Path) -> None:
@@ -619,7 +647,8 @@ def test_report_of_imported_results_says_what_is_not_known(tmp_path: Path) -> No
     trials = [_row("trials", **{name: row[name] for name in known}) for row in _trial_rows() if row["number"] < 3]
     tables.write(store, "epochs", "e", whole)
     tables.write(store, "trials", "t", trials)
-    store.put("study.json", json.dumps({"study": {"name": "imported"}, "source": {"name": "<sweep>.csv"}}).encode())
+    record = {"source": {"name": "<sweep>.csv"}, "only": {"loss": "a b"}, "baseline": {"name": "base.csv"}}
+    store.put("study.json", json.dumps({"study": {"name": "imported"}, **record}).encode())
     page = html.build(store).decode()
     shown = _Page(page).text
     assert "imported from <sweep>.csv : only what it holds is known" in shown
@@ -630,6 +659,7 @@ def test_report_of_imported_results_says_what_is_not_known(tmp_path: Path) -> No
     assert "search half" not in shown
     assert "lr 4e-5" in shown
     assert "None" not in shown
+    assert f"raybd data import-sweep FILE {tmp_path} --only 'loss=a b' --baseline base.csv" in shown
     assert 'aria-label="Accuracy against attack success rate"' in page
     shown = _pareto(store.root)
     assert "chosen and quoted on the same images, all of them" in " ".join(shown.split())

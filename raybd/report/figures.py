@@ -211,7 +211,7 @@ def _front_panel(axis: Axes, points: Sequence[Row], members: Sequence[Row]) -> N
 
 
 def _intervals(axis: Axes, points: Iterable[Row], members: Collection[tuple[str, int]]) -> None:
-    """Draw the 95 % intervals of both rates through the points of a front; `Points`, and some tables, have no counts."""
+    """Draw the 95 % intervals of both rates through the points of a front whose images were counted."""
     lines = []
     for row in points:
         if (row["trial_id"], row["epoch"]) not in members:

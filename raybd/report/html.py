@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from raybd.store import Store
 
 NAME = "report.html"
 _CAPTIONS = 3
+_CREDENTIALS = re.compile(r"key|secret|token|password|@|%40", re.IGNORECASE)
 _RATES = (
     ("zeroshot_top1", "correct_clean", "n_clean"),
     ("asr_top1", "hit_target", "n_triggered"),
@@ -118,6 +120,8 @@ def _page(store: Store, run: _Read, figures_by_name: Mapping[str, Figure], seeds
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         created=_moment(record.get("created", "")),
         location=shlex.quote(_location(store)),
+        options=_options(record),
+        kept=any(row["checkpoint"] for row in found["fronts"]),
         seeds=[shlex.quote(_location(other)) for other in seeds],
         attack=_attack(record["study"], found["poison_plan"], store),
         shown=_examples(store, found),
@@ -157,9 +161,24 @@ def _moment(iso: str) -> str:
 def _location(store: Store) -> str:
     """Return how to name the run directory on a command line; never the key that a URI may carry."""
     if not store.local:
-        return f"{store.uri.split('://')[0]}://{store.root}"
+        query = store.uri.partition("?")[2]  # such as the endpoint and the region, without which it is not found
+        kept = f"?{query}" if query and not _CREDENTIALS.search(query) else ""
+        return f"{store.uri.split('://')[0]}://{store.root}{kept}"
     path = Path(store.root)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _options(record: Row) -> str:
+    """Return the options that an import or a replay was called with, as they follow its arguments on a command line."""
+    given: list[str] = []
+    only, baseline, on = (record.get(name) for name in ("only", "baseline", "on"))
+    if isinstance(only, Mapping):
+        given += [part for column, value in only.items() for part in ("--only", f"{column}={value}")]
+    if isinstance(baseline, Mapping) and "name" in baseline:
+        given += ["--baseline", str(baseline["name"])]
+    if isinstance(on, Mapping) and on.get("nearest"):
+        given.append("--nearest")
+    return "".join(f" {shlex.quote(part)}" for part in given)
 
 
 def _rate(row: Row, rate: str, hits: str, n: str) -> dict[str, str]:

@@ -57,7 +57,6 @@
     for (const row of document.querySelectorAll("tr[data-trial]")) {
       row.classList.toggle("chosen", row.dataset.trial === chosen);
     }
-    for (const figure of document.querySelectorAll("figure.points")) figure.classList.toggle("some", chosen !== null);
     const detail = document.getElementById("trial-detail");
     if (detail) detail.replaceChildren(...(chosen === null ? [] : course(chosen)));
   };
@@ -80,7 +79,9 @@
     if (document.activeElement && document.activeElement.closest("g.trial")) document.activeElement.blur();
     if (chosen !== null) choose(chosen);
   });
+  const drawn = new Set(trials.map((trial) => trial.dataset.trial)); // of many trials only those on a front
   for (const row of document.querySelectorAll("tr[data-trial]")) {
+    if (!drawn.has(row.dataset.trial)) continue;
     const cell = row.querySelector("td.who");
     const button = make("button", cell.textContent);
     button.title = "show its trajectory in the figures";
@@ -88,11 +89,14 @@
     cell.replaceChildren(button);
   }
 
-  // A cell is compared by its first number in a column of numbers, where a dash is last, and else by its text.
-  const number = (cell) => parseFloat((/-?\d[\d.\u202f]*(e-?\d+)?/.exec(cell.textContent) || ["NaN"])[0].replaceAll("\u202f", ""));
+  // A cell is compared by its first number in a column of numbers, where a dash is last, and else by its text: also an
+  // id, whose digits belong to a word.
+  const first = /(?:^|[^\w-])(-?\d[\d.\u202f]*(?:e-?\d+)?)/;
+  const number = (cell) => parseFloat((first.exec(cell.textContent) || ["", "NaN"])[1].replaceAll("\u202f", ""));
+  const by_text = (one, other) => one.textContent.trim().localeCompare(other.textContent.trim(), "en", { numeric: true });
   const compare = (numeric, sign) => (one, other) => {
-    if (!numeric) return sign * one.textContent.trim().localeCompare(other.textContent.trim(), "en", { numeric: true });
     const [a, b] = [number(one), number(other)];
+    if (!numeric || (Number.isNaN(a) && Number.isNaN(b))) return sign * by_text(one, other);
     if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
     return sign * (a - b);
   };

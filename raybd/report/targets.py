@@ -73,7 +73,7 @@ def on_fronts(drawn: str, figure: Figure, rows: Iterable[Row], trials: Trials, *
         groups = [f'<clipPath id="{clip}">{place.frame()}</clipPath>']
         for trial_id, own in trials.pointed_at(panels[key]).items():
             line = place.line([_PERCENT * row["asr_top1"] for row in own], _rates(own, "zeroshot_top1"))
-            dots = [_dot(row, place, trials.on_front) for row in own if row["epoch"] > 0]
+            dots = [_dot(row, place, trials.on_front) for row in own]
             path = f'<polyline class="path" clip-path="url(#{clip})" points="{line}"/>'
             groups.append(_group(trials, trial_id, path + "".join(dots)))
         parts.append("".join(groups))
@@ -128,10 +128,7 @@ class _Place:
 
 
 def _dot(row: Row, place: _Place, on_front: Collection[tuple[str, int]]) -> str:
-    x, y = _PERCENT * row["asr_top1"], _PERCENT * row["zeroshot_top1"]
-    if not place.shows(x, y):
-        return ""
-    (cx, cy), epoch = place.of([x], [y])[0], words.epoch(row)
+    epoch = words.epoch(row)
     rates = [
         f"{words.percent(row[rate])} {f'({found})' if found else ''}".strip()
         for rate, found in (
@@ -139,11 +136,16 @@ def _dot(row: Row, place: _Place, on_front: Collection[tuple[str, int]]) -> str:
             ("asr_top1", words.interval(row, "hit_target", "n_triggered")),
         )
     ]
+    data = f'data-p="{"|".join([epoch, *rates])}"'
+    x, y = _PERCENT * row["asr_top1"], _PERCENT * row["zeroshot_top1"]
+    if row["epoch"] == 0 or not place.shows(x, y):
+        return f'<circle r="0" {data}/>'  # nothing to point at, but part of the trajectory
+    cx, cy = place.of([x], [y])[0]
     front = (row["trial_id"], row["epoch"]) in on_front
     label = f"epoch {epoch}: accuracy {rates[0]} %, ASR {rates[1]} %"
     reach = f'tabindex="0" role="button" aria-label="{label}, on the front"' if front else 'tabindex="-1"'
     size = 5 if front else 4
-    return f'<circle class="pt" cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" data-p="{"|".join([epoch, *rates])}" {reach}/>'
+    return f'<circle class="pt" cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" {data} {reach}/>'
 
 
 def _group(trials: Trials, trial_id: str, inside: str) -> str:
