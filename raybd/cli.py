@@ -225,7 +225,14 @@ def pretrain(
 @app.command()
 def replay(
     study: StudyArgument,
-    on: Annotated[str, typer.Option(metavar="PATH", help="recorded curves: a sweep.parquet, or a run directory")],
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="recorded curves: a sweep.parquet, or a run directory",
+            autocompletion=cli_complete.runs,
+        ),
+    ],
     nearest: NearestOption = False,  # noqa: FBT002
     set_: SetOption = None,
     run_dir: Annotated[
@@ -372,7 +379,10 @@ def evaluate(
 def report(
     run: RunArgument,
     seeds: Annotated[
-        list[str] | None, typer.Argument(metavar="[SEED…]", help="runs of the same study with other seeds")
+        list[str] | None,
+        typer.Argument(
+            metavar="[SEED…]", help="runs of the same study with other seeds", autocompletion=cli_complete.runs
+        ),
     ] = None,
     figures: Annotated[Path | None, typer.Option(help="write its figures here, as PNG and PDF for print")] = None,
 ) -> None:
