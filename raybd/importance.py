@@ -86,7 +86,9 @@ def of_run(epochs: Sequence[Row], trials: Iterable[Row]) -> list[dict[str, Any]]
             }
             same = {"objective": objective, "pretrain_id": pretrain_id, "setting": name}
             count = {"trials": len(having), "groups": int(groups.max()) + 1}
-            measured = {measure: importance(groups, score, seed=fork(0, ascii(name))) for measure, score in scores.items()}
+            measured = {
+                measure: importance(groups, score, seed=fork(0, ascii(name))) for measure, score in scores.items()
+            }
             entries.append({**same, **count, **measured})
         found += sorted(entries, key=lambda entry: -max(entry[measure]["share"] for measure in OBJECTIVES))
     return found

@@ -162,7 +162,7 @@ def _mean(rates: Iterable[float]) -> float:
 
 
 def _representatives(runs: Sequence[tuple[TrainSettings, float]]) -> list[TrainSettings]:
-    """Return a run for each kind to measure, of its median batch size: a trial first, then by what kinds cost in all."""
+    """Return a run of each kind to measure, of its median batch size: a trial first, then by what they cost in all."""
     kinds: dict[str, list[tuple[TrainSettings, float]]] = {}
     for run in runs:
         if not (isinstance(run[0], CleanSettings) and run[0].method is Method.PSEUDO_LABELS):
