@@ -199,14 +199,11 @@ class Run(StudyDirectory):
             if value < STRONG:
                 self.view.warn(f"the attack took incompletely in {objective}: ASR {value:.2%} is under {STRONG:.0%}")
 
-    def finish(self) -> Outcome:
-        """Write fronts, what the models say of some test images, and the report, from what there is."""
-        self._update_fronts()
+    def _illustrate(self) -> None:
         try:
             self._ask_models()
         except Exception as error:  # full memory, weights that are damaged or not finite: the report does without
             self.view.warn(f"what the models say of some test images is not known: {message_of(error)}")
-        return super().finish()
 
     def _ask_models(self) -> None:
         """Write what the models say of some test images, where that is not there yet."""

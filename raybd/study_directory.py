@@ -284,10 +284,14 @@ class StudyDirectory:
         measured = self._measured.get(trial_id)
         return trial_id in self._trial_rows and (measured is None or weights in measured)
 
+    def _illustrate(self) -> None:
+        """Write what the report shows beside the tables, given the fronts; nothing where there are no models to ask."""
+
     def finish(self) -> Outcome:
         """Write fronts and report from what there is."""
         from raybd.report import html
 
         self._update_fronts()
+        self._illustrate()
         failed = sum(row["state"] == State.FAILED for row in self._trial_rows.values())
         return Outcome(failed=failed, failed_pretraining=len(self.failed_pretraining), report=html.write(self.store))

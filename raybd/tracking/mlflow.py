@@ -13,13 +13,13 @@ from mlflow.entities import Metric, Param
 from raybd.plain import plain
 from raybd.store import Store
 from raybd.tracking import Series
-from raybd.tracking.marks import Marks
+from raybd.tracking.elsewhere import Elsewhere
 
 _AT_ONCE = 500  # metrics in one request; MLflow takes 1000
 _LONGEST = 5000  # characters of a parameter
 
 
-class MLflow:
+class MLflow(Elsewhere[str]):
     """Runs of one study at an MLflow server, or in its database.
 
     Args:
@@ -28,23 +28,13 @@ class MLflow:
     """
 
     def __init__(self, store: Store, study: str) -> None:
-        self._marks, self._uri, self._client = Marks(store, "mlflow"), store.uri, MlflowClient()
+        super().__init__(store, "mlflow")
+        self._uri, self._client = store.uri, MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", study)
         found = self._client.get_experiment_by_name(name)
-        self._open: dict[str, str] = {}
         self._experiment = found.experiment_id if found else self._client.create_experiment(name)
 
-    def last(self, name: str) -> int | None:
-        """Return the last step that MLflow has of a series."""
-        return self._marks.last(name)
-
-    def goes_on(self, name: str) -> bool:
-        """Say whether MLflow has a series that it was not told to be over."""
-        return self._marks.goes_on(name)
-
-    def add(self, series: Series) -> None:
-        """Log parameters and metrics; the run of a series that goes on stays open."""
-        run = self._open.pop(series.name, None) or self._run(series)
+    def _log(self, run: str, series: Series) -> None:
         params = [Param(name, plain(value)[:_LONGEST]) for name, value in series.settings.items()]
         metrics = [
             Metric(name, value, round(1000 * point.time), point.step)
@@ -54,11 +44,9 @@ class MLflow:
         self._client.log_batch(run, params=params)
         for first in range(0, len(metrics), _AT_ONCE):
             self._client.log_batch(run, metrics=metrics[first : first + _AT_ONCE])
-        if series.over:
-            self._client.set_terminated(run, status="FAILED" if series.failed else "FINISHED")
-        else:
-            self._open[series.name] = run
-        self._marks.put(series)
+
+    def _end(self, run: str, *, failed: bool) -> None:
+        self._client.set_terminated(run, status="FAILED" if failed else "FINISHED")
 
     def _run(self, series: Series) -> str:
         """Return the id of the run of a series, new or of an earlier call.
@@ -73,9 +61,3 @@ class MLflow:
         start = round(1000 * series.points[0].time) if series.points else None
         run = self._client.create_run(self._experiment, start_time=start, run_name=series.name, tags=told)
         return str(run.info.run_id)
-
-    def close(self) -> None:
-        """Finish the runs that are open; a call that goes on with them opens them again."""
-        for run in self._open.values():
-            self._client.set_terminated(run)
-        self._open.clear()

@@ -13,7 +13,7 @@ import wandb
 from raybd.errors import ClusterError
 from raybd.store import Store
 from raybd.tracking import Series
-from raybd.tracking.marks import Marks
+from raybd.tracking.elsewhere import Elsewhere
 
 
 def require_key() -> None:
@@ -26,7 +26,7 @@ def require_key() -> None:
         )
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Elsewhere[Any]):
     """Runs of one study at W&B.
 
     Args:
@@ -35,27 +35,15 @@ class WeightsAndBiases:
     """
 
     def __init__(self, store: Store, study: str) -> None:
-        self._marks, self._uri, self._study = Marks(store, "wandb"), store.uri, study
-        self._open: dict[str, Any] = {}
+        super().__init__(store, "wandb")
+        self._uri, self._study = store.uri, study
 
-    def last(self, name: str) -> int | None:
-        """Return the last step that W&B has of a series."""
-        return self._marks.last(name)
-
-    def goes_on(self, name: str) -> bool:
-        """Say whether W&B has a series that it was not told to be over."""
-        return self._marks.goes_on(name)
-
-    def add(self, series: Series) -> None:
-        """Log settings and values; the run of a series that goes on stays open."""
-        run = self._open.pop(series.name, None) or self._run(series)
+    def _log(self, run: Any, series: Series) -> None:
         for point in series.points:
             run.log(dict(point.values), step=point.step)
-        if series.over:
-            run.finish(exit_code=int(series.failed))
-        else:
-            self._open[series.name] = run
-        self._marks.put(series)
+
+    def _end(self, run: Any, *, failed: bool) -> None:
+        run.finish(exit_code=int(failed))
 
     def _run(self, series: Series) -> Any:
         """Return the run of a series. Its id is always the same: W&B takes no step twice, of a killed call either."""
@@ -70,9 +58,3 @@ class WeightsAndBiases:
             config={**series.settings, "pretrain_objective": series.group, "run_dir": self._uri},
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
         )
-
-    def close(self) -> None:
-        """Finish the runs that are open."""
-        for run in self._open.values():
-            run.finish()
-        self._open.clear()
