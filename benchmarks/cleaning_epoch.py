@@ -4,13 +4,16 @@
 
 The product's own training loop runs a CleanCLIP trial, and after each of its epochs the other ways take their turn on
 the same pairs, images and settings, in the same process with the same threads: a slow moment of the machine meets all
-of them. The first round warms up and is not counted. What the ways are is said in `reference_cleaning.py`.
+of them. The first round warms up and is not counted. What the ways are is said in `reference_cleaning.py`. With
+`--compile` one more takes part, the floor with compiled towers, and the table is followed by what compiling took and
+after how many epochs of one process it would have paid.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -40,6 +43,7 @@ from raybd.train.inputs import Inputs
 from raybd.train.loop import Training
 
 WAYS = ("raybd", "floor", "floor, as torch comes", "published way")
+COMPILED = "floor, compiled"
 # Rounding may move an image that lies between two classes.
 _COUNTS_DIFFER = 0.002
 _LOSS_DIFFERS = 0.01
@@ -67,10 +71,22 @@ class Bench:
         folder: of the trial's run, empty.
         rounds: counted ones; one more warms up.
         workers: of each DataLoader of the published way.
+        compiled: whether the floor is tried with compiled towers, too.
+
+    Attributes:
+        first_seconds: what each other way's first epoch took, which is not counted.
     """
 
     def __init__(
-        self, study: Study, device: torch.device, *, folder: str, rounds: int, workers: int, eda_each_epoch: bool
+        self,
+        study: Study,
+        device: torch.device,
+        *,
+        folder: str,
+        rounds: int,
+        workers: int,
+        eda_each_epoch: bool,
+        compiled: bool = False,
     ) -> None:
         self.study, self.device, self.rounds = study, device, rounds
         self.inputs = Inputs(study)
@@ -86,7 +102,13 @@ class Bench:
         self.floor = Floor(self._new(), self.task, ready)
         self.plain = Floor(self._new(), self.task, ready, layout=torch.contiguous_format, fused=None)
         self.published = Published(self._new(), self.task, pairs, tests, workers=workers, eda_each_epoch=eda_each_epoch)
-        self.times = {way: Times() for way in WAYS}
+        self.others: dict[str, Floor | Published] = dict(
+            zip(WAYS[1:], (self.floor, self.plain, self.published), strict=True)
+        )
+        if compiled:
+            self.others[COMPILED] = Floor(self._new(), self.task, ready, compiled=True)
+        self.times = {way: Times() for way in ("raybd", *self.others)}
+        self.first_seconds: dict[str, float] = {}
         self._losses: dict[str, float] = {}
 
     def _new(self) -> Clip:
@@ -156,9 +178,12 @@ class Bench:
         """Let raybd train, and the others after each of its epochs. Errors: SystemExit where the work differs."""
         self.check_counts()
         self.training.run()
-        ours, floor = (self._losses[way] for way in ("raybd", "floor"))
-        if abs(ours - floor) > _LOSS_DIFFERS * floor:
-            raise SystemExit(f"mean loss of the first epoch: raybd {ours}, floor {floor}: not the same work")
+        floor = self._losses["floor"]
+        for way in {"raybd", COMPILED} & set(self.times):
+            if abs(self._losses[way] - floor) > _LOSS_DIFFERS * floor:
+                raise SystemExit(
+                    f"mean loss of the first epoch: {way} {self._losses[way]}, floor {floor}: not the same work"
+                )
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -173,7 +198,7 @@ class Bench:
                 self._losses["raybd"] = record["loss"]
             else:
                 self.times["raybd"].add(record["train_seconds"], record["evaluate_seconds"], ended - self._started)
-            for way, doer in zip(WAYS[1:], (self.floor, self.plain, self.published), strict=True):
+            for way, doer in self.others.items():
                 self._turn(way, doer, counted=epoch > 1)
         self._started = self._now()
 
@@ -187,6 +212,18 @@ class Bench:
             self.times[way].add(trained - began, done - trained, done - began)
         else:
             self._losses[way] = loss
+            self.first_seconds[way] = done - began
+
+
+def worth(times: Mapping[str, Times], *, first: float) -> tuple[float, float]:
+    """Return what compiling took, seconds, and after how many epochs in one process it pays (infinite: never).
+
+    Args:
+        first: seconds of the compiled way's first epoch.
+    """
+    plain, compiled = (median(times[way].epoch) for way in ("floor", COMPILED))
+    took = first - compiled
+    return took, took / (plain - compiled) if compiled < plain else math.inf
 
 
 def ratio(times: Mapping[str, Times], way: str, to: str) -> float:
@@ -216,6 +253,7 @@ def _given() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: a thread for each core")
     parser.add_argument("--workers", type=int, default=2, help="loader processes of the published way")
     parser.add_argument("--eda", choices=("once", "epoch"), default="once", help="when the published way draws EDA")
+    parser.add_argument("--compile", action="store_true", help="try the floor with compiled towers as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where numbers go")
     return parser.parse_args()
@@ -228,6 +266,7 @@ def main() -> None:
     device = torch.device(given.device)
     study = load(given.study, overrides=[*given.set, *([f"data.root={given.root}"] if given.root else [])])
     how = {"rounds": given.rounds, "workers": given.workers, "eda_each_epoch": given.eda == "epoch"}
+    how |= {"compiled": given.compile}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(study, device, folder=folder, **how)
         bench.run()
@@ -240,13 +279,19 @@ def main() -> None:
         f"medians of {given.rounds} rounds\n"
     )
     print(table(bench.times))
+    if given.compile:
+        took, pays = worth(bench.times, first=bench.first_seconds[COMPILED])
+        print(f"\ncompiling took {took:.1f} s, which pays after {pays:.0f} epochs of one process")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU used"
     where: dict[str, Any] = setting("torch", "torchvision", "open_clip_torch", "pillow", device=name)
     where["threads"] = torch.get_num_threads()
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()))
     record = {"setting": where, "study": study.model_dump(mode="json"), "workers": given.workers, "eda": given.eda}
     record["seconds"] = {way: vars(times) for way, times in bench.times.items()}
-    record["ratios"] = {to: {way: ratio(bench.times, way, to) for way in WAYS} for to in ("floor", "published way")}
+    record["first_seconds"] = bench.first_seconds
+    record["ratios"] = {
+        to: {way: ratio(bench.times, way, to) for way in bench.times} for to in ("floor", "published way")
+    }
     given.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -294,6 +294,7 @@ class Floor(_Way):
     Args:
         layout: memory format of the model and the images.
         fused: AdamW's.
+        compiled: both towers by `torch.compile`, which happens in their first passes.
     """
 
     name = "floor"
@@ -306,8 +307,12 @@ class Floor(_Way):
         *,
         layout: torch.memory_format = torch.channels_last,
         fused: bool | None = True,
+        compiled: bool = False,
     ) -> None:
         clip.net.to(task.device, memory_format=layout)
+        if compiled:
+            for tower in (clip.net.visual, getattr(clip.net, "text", None) or clip.net.transformer):
+                tower.compile()
         super().__init__(clip, task, fused=fused)
         self._ready, self._layout = ready, layout
         # The layout costs nothing where it is the one that the images have.

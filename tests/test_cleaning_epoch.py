@@ -38,3 +38,9 @@ def test_all_ways_do_the_same_work(script: ModuleType, tmp_path: Path, monkeypat
     assert [len(part) for own in times.values() for part in (own.train, own.evaluate, own.epoch)] == [1] * 12
     assert script.ratio(times, "floor", "floor") == 1
     assert len(script.table(times).splitlines()) == 2 + len(script.WAYS)
+
+
+@pytest.mark.parametrize(("compiled", "pays"), [(8.0, 15.0), (12.0, float("inf"))])
+def test_compiling_pays_by_what_each_later_epoch_saves(script: ModuleType, compiled: float, pays: float) -> None:
+    times = {"floor": script.Times(epoch=[10.0, 10.0]), script.COMPILED: script.Times(epoch=[compiled, compiled])}
+    assert script.worth(times, first=compiled + 30) == (30.0, pays)
