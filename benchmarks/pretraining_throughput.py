@@ -102,6 +102,33 @@ class Ready:
 
 
 @dataclass
+class Watched:
+    """Pairs, and how long each epoch's loop waits for its batches."""
+
+    pairs: Pairs
+    seconds: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def without_views(self) -> Pairs:
+        """Return itself: there are no views."""
+        return self
+
+    def epoch(self, epoch: int, **how: Any) -> Iterator[Batch]:
+        """Yield the batches of an epoch."""
+        batches = self.pairs.epoch(epoch, **how)
+        self.seconds.append(0.0)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds[-1] += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
+@dataclass
 class Turns:
     """The context of raybd's run: after each of its epochs, open_clip trains one."""
 
@@ -110,6 +137,7 @@ class Turns:
     rank: int = 0
     world_size: int = 1
     ours: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
 
     def report(self, epoch: int, record: dict[str, Any], weights: object, state: object = None) -> None:
@@ -118,6 +146,7 @@ class Turns:
             speed = self.other(epoch - 1)
             if epoch > 1:
                 self.ours.append(record["samples_seen"] / epoch / record["train_seconds"])
+                self.seconds.append(record["train_seconds"])
                 self.theirs.append(speed)
 
     def last_epoch(self) -> int:
@@ -228,11 +257,14 @@ def compare(given: argparse.Namespace, model: str, root: str) -> list[dict[str, 
             reference.use([(clip.normalise(b.images_BCHW), b.tokens_BL) for b in pairs.batches])
         turns = Turns(given.device, reference.epoch)
         found = make_set(tested, classes=list(CLASSES), plan=PLAN, evaluation=evaluation, seed=3)
-        Training(clip, pairs, settings, turns, found).run()
+        watched = Watched(pairs)
+        Training(clip, watched, settings, turns, found).run()
         ours, theirs = statistics.median(turns.ours), statistics.median(turns.theirs)
         ratios = [one / other for one, other in zip(turns.ours, turns.theirs, strict=True)]
         row = {"model": model, "batch": given.batch, "source": kind, "raybd": ours, "open_clip_train": theirs}
         row |= {"ratio": statistics.median(ratios), "rounds": [turns.ours, turns.theirs], "decoding_once": decoding}
+        waits = zip(watched.seconds[1:], turns.seconds, strict=True)  # the first epoch warms up
+        row["waiting"] = statistics.median(waited / whole for waited, whole in waits)
         row["flops"] = training_flops(model, images=1) * ours
         rows.append(row)
         print(f"{model}, {kind}: {ours:.0f} against {theirs:.0f} images/s, {row['ratio']:.2f} x", file=sys.stderr)
@@ -255,12 +287,14 @@ def ceiling(device: torch.device) -> float:
 
 def table(rows: Sequence[dict[str, Any]], peak: float) -> str:
     """Return the results as a Markdown table."""
-    lines = ["| model | batch | batches from | raybd, images/s | open_clip_train, images/s | ratio | of the ceiling |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | batch | batches from | raybd, images/s | open_clip_train, images/s | ratio | of ceiling | waiting |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         speeds = f"{row['raybd']:.0f} | {row['open_clip_train']:.0f} | {row['ratio']:.2f}"
         head = f"| {row['model']} | {row['batch']} | {row['source']}"
-        lines.append(f"{head} | {speeds} | {row['flops'] / peak:.0%} |")
+        lines.append(f"{head} | {speeds} | {row['flops'] / peak:.0%} | {row['waiting']:.1%} |")
     return "\n".join(lines)
 
 
