@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from raybd import analysis, differences, fronts, parquet, points, study, sweeps, tables
+from raybd import analysis, fronts, parquet, points, pools, study, sweeps, tables
 from raybd.cli import app
 from raybd.errors import DataError
 from raybd.report import grids, text
@@ -154,7 +154,7 @@ def test_pareto_of_the_published_sweep(form: str, tmp_path: Path, monkeypatch: p
     assert len(printed) > 1000
 
 
-def pool(seed: int, *, trials: int) -> differences.Pool:
+def pool(seed: int, *, trials: int) -> pools.Pool:
     generator = np.random.default_rng(seed)
     found = []
     for number in range(trials):
@@ -162,7 +162,7 @@ def pool(seed: int, *, trials: int) -> differences.Pool:
             top1, asr = (0.6, 0.99) if epoch == 0 else generator.integers(0, 60, 2) / 100
             where = {"objective": "o", "pretrain_id": "p", "method": "m", "trial_id": f"t{number:05d}"}
             found.append({**where, "epoch": epoch, "split": "all", "zeroshot_top1": top1, "asr_top1": asr})
-    made = differences.pool(found, [])
+    made = pools.gather(found, [])
     assert made is not None
     return made
 
@@ -172,7 +172,7 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
     layers: int, trials: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With few layers many draws have none of their trials, and are looked at as a whole."""
-    monkeypatch.setattr(differences, "_LAYERS", layers)
+    monkeypatch.setattr(pools, "_LAYERS", layers)
     whole = pool(3, trials=trials)
     kept = whole._contenders(whole._layers())
     assert kept.sum() < len(kept) or trials == 5
@@ -184,8 +184,8 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
 def test_pools_that_leave_points_out_give_what_whole_ones_do(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With little depth layers and draws need points that are left out."""
     whole = pool(3, trials=400)
-    monkeypatch.setattr(differences, "_MANY_POINTS", 100)
-    monkeypatch.setattr(differences, "_DEPTH", depth)
+    monkeypatch.setattr(pools, "_MANY_POINTS", 100)
+    monkeypatch.setattr(pools, "_DEPTH", depth)
     some = pool(3, trials=400)
     assert whole.beyond is None
     assert some.beyond is not None
@@ -199,10 +199,10 @@ def test_pools_that_leave_points_out_give_what_whole_ones_do(depth: int, monkeyp
 
 @pytest.mark.parametrize("layers", [1, 12])
 def test_draws_of_few_trials_have_the_distribution_of_all(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(differences, "_LAYERS", layers)
+    monkeypatch.setattr(pools, "_LAYERS", layers)
     whole = pool(4, trials=100)
     expected = whole.resampled(20_000, np.random.default_rng(1))
-    monkeypatch.setattr(differences, "_MOST_DRAWS", 0)
+    monkeypatch.setattr(pools, "_MOST_DRAWS", 0)
     found = whole.resampled(20_000, np.random.default_rng(2))
     for one, other in zip(found.T, expected.T, strict=True):
         assert np.isfinite(one).mean() == pytest.approx(np.isfinite(other).mean(), abs=0.02)
