@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-Codes = NDArray[np.int64]
+Codes = NDArray[np.signedinteger[Any]]
 _MOST_KEYS = 2**62
 _SHORT = 2**16  # keys of 16 bits are sorted by radix
 
@@ -24,37 +24,48 @@ def encoded(column: pa.ChunkedArray) -> tuple[Codes, list[str | None]]:
     if not column.num_chunks:
         return np.empty(0, dtype=np.int64), [None]
     values = [*column.chunk(0).dictionary.to_pylist(), None]
-    code_N, start = np.empty(len(column), dtype=np.int64), 0
+    parts = []
     for chunk in column.chunks:
-        here_N = code_N[start : start + len(chunk)]
-        here_N[:], there_N = numbers(chunk.indices)
-        if chunk.null_count:
-            here_N[~there_N] = len(values) - 1
-        start += len(chunk)
-    return code_N, values
+        code_N, there_N = numbers(chunk.indices)
+        parts.append(np.where(there_N, code_N, len(values) - 1) if chunk.null_count else code_N)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts), values
 
 
 def numbers(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return a column of numbers, and which of them are there: any number, or NaN, stands for a null.
 
-    From the buffers themselves: what pyarrow gives numpy loads pandas, which takes as long as all the rest.
+    Times are numbers of their unit. From the buffers themselves: what pyarrow gives numpy loads pandas, which takes as
+    long as all the rest.
     """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    kind = np.dtype(np.int64 if pa.types.is_timestamp(column.type) else column.type.to_pandas_dtype())
     if not chunks:
-        return np.empty(0, dtype=str(column.type)), np.empty(0, dtype=bool)
+        return np.empty(0, dtype=kind), np.empty(0, dtype=bool)
     parts = []
     for chunk in chunks:
-        valid, data = chunk.buffers()
+        data, there_N = chunk.buffers()[1], present(chunk)
         here = slice(chunk.offset, chunk.offset + len(chunk))
-        bits = None if valid is None else np.unpackbits(np.frombuffer(valid, dtype=np.uint8), bitorder="little")
-        found_N = np.frombuffer(data, dtype=str(chunk.type))[here] if data else np.zeros(len(chunk), str(chunk.type))
-        there_N = np.ones(len(chunk), dtype=bool) if bits is None else bits[here].astype(bool)
+        found_N = np.frombuffer(data, dtype=kind)[here] if data else np.zeros(len(chunk), dtype=kind)
         if found_N.dtype.kind == "f" and not there_N.all():
             found_N = np.where(there_N, found_N, np.nan)
         parts.append((found_N, there_N))
     if len(parts) == 1:
         return parts[0]
     return np.concatenate([found for found, _ in parts]), np.concatenate([there for _, there in parts])
+
+
+def present(column: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Say which values of a column are there, shape [N]."""
+    if isinstance(column, pa.ChunkedArray):
+        return np.concatenate([np.ones(0, dtype=bool), *map(present, column.chunks)])
+    if not column.null_count:
+        return np.ones(len(column), dtype=bool)
+    if pa.types.is_dictionary(column.type):
+        return present(column.indices)
+    if not (valid := column.buffers()[0]):
+        return np.zeros(len(column), dtype=bool)  # a column of the type null has no buffer
+    bits = np.unpackbits(np.frombuffer(valid, dtype=np.uint8), bitorder="little")
+    return bits[column.offset : column.offset + len(column)].astype(bool)
 
 
 def taken(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:

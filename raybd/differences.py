@@ -110,8 +110,17 @@ def _number(value: float) -> float | None:
 
 
 def _interval(values_R: Floats, level: float) -> dict[str, Any]:
-    finite = values_R[np.isfinite(values_R)]
+    finite = np.sort(values_R[np.isfinite(values_R)])
     if not len(finite):
         return {"low": None, "high": None, "resamples": 0}
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
-    return {"low": float(low), "high": float(high), "resamples": len(finite)}
+    low, high = (_quantile(finite, share) for share in ((1 - level) / 2, (1 + level) / 2))
+    return {"low": low, "high": high, "resamples": len(finite)}
+
+
+def _quantile(ordered: Floats, share: float) -> float:
+    """Return what `np.quantile` does of numbers in order: that one loads what numpy has for masked arrays."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    rest = place - below
+    return low + (high - low) * rest if rest < 0.5 else high - (high - low) * (1 - rest)

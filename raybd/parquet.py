@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raybd.columns import numbers
 from raybd.errors import DataError
 
 _TAIL = 8  # length of the footer, 4 bytes, and the mark at the end of a file
@@ -52,7 +53,7 @@ def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool 
         expected = pa.schema(kept, metadata=table.schema.metadata)
         table = table if table.schema == expected else table.cast(expected)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
         raise DataError(f"not a readable Parquet file: {error}", where=where) from None
     return table
 
@@ -88,7 +89,14 @@ def _bound(chunk: pa.Array) -> int:
 
 
 def _length(chunk: pa.Array) -> int:
-    """Return how many bytes the texts of a column take, each as often as it is there."""
-    if pa.types.is_dictionary(chunk.type):
-        return pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
-    return pc.sum(pc.binary_length(chunk)).as_py() or 0
+    """Return how many bytes the texts of a column take, each as often as it is there. Errors: IndexError."""
+    texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+    if not len(texts):
+        return 0
+    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
+    ends_D = np.frombuffer(texts.buffers()[1], dtype=np.int64 if wide else np.int32)
+    length_D = np.diff(ends_D[texts.offset : texts.offset + len(texts) + 1]).astype(np.int64)
+    if not pa.types.is_dictionary(chunk.type):
+        return int(length_D.sum())
+    codes_N, there_N = numbers(chunk.indices)
+    return int(length_D[codes_N[there_N]].sum())

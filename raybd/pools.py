@@ -163,10 +163,10 @@ class Pool:
         rest = np.flatnonzero(~kept_P)
         # What beats the front of the others beats all of them.
         rest = rest[pareto.records(self.asr_P[rest])]
-        before_C, asr_C = np.cumsum(kept_P)[rest], self.asr_P[rest]
+        before_C, asr_C = np.cumsum(kept_P, dtype=np.int64)[rest], self.asr_P[rest]
         if self.beyond is not None:
             beyond = np.searchsorted(-self.top1_P[kept_P], -self.beyond.top1_C, side="right")
-            before_C, asr_C = np.append(before_C, beyond), np.append(asr_C, self.beyond.asr_C)
+            before_C, asr_C = np.concatenate([before_C, beyond]), np.concatenate([asr_C, self.beyond.asr_C])
         order = np.argsort(before_C, kind="stable")
         return before_C[order], asr_C[order]
 

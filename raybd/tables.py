@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raybd import parquet, table_rules
@@ -248,6 +247,8 @@ def write_trial(store: Store, table: str, trial: Mapping[str, Any], rows: Sequen
 
     Errors: as of `write`, and of `read` where the part that is there is damaged.
     """
+    import pyarrow.compute as pc  # takes longer to load than to read a table with
+
     first = trial["number"] - trial["number"] % TOGETHER
     part = f"{trial['objective']}-{first:04d}-{first + TOGETHER - 1:04d}"
     found, name = _of_rows(table, part, rows), f"tables/{table}/{part}.parquet"

@@ -158,6 +158,15 @@ def test_selections_looked_at_together_give_what_each_gives_alone() -> None:
     assert np.isnan(alone).any()
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 40, 1000])
+def test_intervals_reach_from_quantile_to_quantile(count: int) -> None:
+    values = np.random.default_rng(count).random(count)
+    for level in (0.95, 0.8, 0.5, 1.0):
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        found = differences._interval(np.append(values, np.nan), level)
+        assert found == {"low": low, "high": high, "resamples": count}
+
+
 def test_no_point_that_qualifies_is_no_number() -> None:
     high = [[(0.59, 0.5, 0.58, 0.5)]]
     found = differences.compare({"a": [_pool(high)], "b": [_pool(GOOD)]})[1]

@@ -34,7 +34,8 @@ class PlainTable(Table):
         super().add_column(_text(header), *args, **options)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row, as rich does; every cell is shown as text."""
+        """Add a row, as rich does; every cell is shown as text, and so is one that is missing."""
+        cells = (*cells, *[""] * (len(self.columns) - len(cells)))
         super().add_row(*map(_text, cells), **options)
 
 
