@@ -147,21 +147,24 @@ def check_points(rows: pa.Table, *, where: str) -> None:
 
     Errors: DataError that names the trial and the epoch.
     """
-    texts = {name: columns.encoded(rows.column(name)) for name in POINT if name != "epoch"}
+    texts = {name: columns.coded(rows.column(name)) for name in POINT[:-1] if name != "epoch"}
     epoch_N, _ = columns.numbers(rows.column("epoch"))
-    keys = [(codes_N, len(values)) for codes_N, values in (texts[name] for name in POINT[:-1] if name != "epoch")]
+    keys = [(codes_N, len(values) + 1) for codes_N, values in texts.values()]
     key_N, _ = columns.combined([*keys, (epoch_N, _MOST["epoch"] + 1)])
-    split_N, splits = texts["split"]
+    split_N, splits = columns.encoded(rows.column("split"))
     # What adds up to 5 with two rows, or to 16 with one, can only be what is expected.
     weight_N = np.array([_WEIGHTS.get(str(split), 0) for split in splits])[split_N]
-    order = np.argsort(key_N, kind="stable")
-    starts = np.flatnonzero(np.diff(key_N[order], prepend=-1))
-    counts, sums = np.diff(np.append(starts, len(order))), np.add.reduceat(weight_N[order], starts)
+    order = columns.ordered(key_N)
+    if order is not None:
+        key_N, weight_N = key_N[order], weight_N[order]
+    starts = np.flatnonzero(np.concatenate([key_N[:1] >= 0, key_N[1:] != key_N[:-1]]))
+    counts, sums = np.diff(np.append(starts, len(key_N))), np.add.reduceat(weight_N, starts)
     wrong = ~((counts == 2) & (sums == 5) | (counts == 1) & (sums == 16))
     if not wrong.any():
         return
     found: dict[tuple[Any, ...], list[str]] = {}
-    for row in columns.taken(rows.select(POINT), np.sort(order[wrong.repeat(counts)])).to_pylist():
+    places = np.flatnonzero(wrong.repeat(counts)) if order is None else np.sort(order[wrong.repeat(counts)])
+    for row in columns.taken(rows.select(POINT), places).to_pylist():
         found.setdefault(tuple(row[name] for name in POINT[:-1]), []).append(row["split"])
     trial, epoch, *_ = next(iter(found))
     raise DataError(
