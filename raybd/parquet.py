@@ -63,7 +63,7 @@ def some(size: int, fill: Fill, *, columns: Collection[str]) -> memoryview:
         size: of the file.
         fill: fills a buffer with its bytes from a place on.
     """
-    content = memoryview(np.zeros(size, dtype=np.uint8))
+    content = np.zeros(size, dtype=np.uint8).data
     if size <= _SMALL:
         fill(0, content)
         return content

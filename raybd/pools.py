@@ -100,7 +100,8 @@ class Pool:
         else:
             hits_R = generator.binomial(self.num_trials, len(strong) / self.num_trials, size=count)
             included_RS = np.zeros((count, len(strong)), dtype=bool)
-            included_RS[np.arange(count).repeat(hits_R), generator.integers(0, len(strong), size=hits_R.sum())] = True
+            for included_S, hits in zip(included_RS, hits_R.tolist(), strict=True):
+                included_S[generator.integers(0, len(strong), size=hits)] = True
         found = self._of(kept_P, strong)._measured(included_RS, *self._checks(kept_P))
         for row in np.flatnonzero(~found.covered_R):
             if count * self.num_trials <= _MOST_DRAWS:

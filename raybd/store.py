@@ -16,8 +16,9 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import pyarrow as pa
 from pyarrow import fs
@@ -149,6 +150,12 @@ class Store:
         except FileNotFoundError:
             raise DataError("no such file in the run directory", where=self.path(name)) from None
 
+    @overload
+    def get_each(self, names: Sequence[str]) -> Iterator[bytes]: ...
+
+    @overload
+    def get_each(self, names: Sequence[str], *, some: Some | None) -> Iterator[bytes | memoryview]: ...
+
     def get_each(self, names: Sequence[str], *, some: Some | None = None) -> Iterator[bytes | memoryview]:
         """Yield the bytes of files, in the order of their names.
 
@@ -161,7 +168,7 @@ class Store:
         Errors: as of `get`, when it is the turn of the file that has them.
         """
         if self.local and some:
-            yield from (self._got(name, lambda name=name: self._read_some(name, some)) for name in names)
+            yield from (self._got(name, partial(self._read_some, name, some)) for name in names)
             return
         if self.local or len(names) < 2:
             yield from map(self.get, names)
