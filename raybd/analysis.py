@@ -10,6 +10,7 @@ from typing import Any
 from raybd import attainment, differences, fronts, measures, tables
 from raybd.fronts import Key, Standing
 from raybd.points import COLUMNS, TRIAL_COLUMNS, Points, Row, Trials
+from raybd.pools import Pool, gather
 from raybd.store import Store
 
 
@@ -68,13 +69,13 @@ class Run:
         return fronts.objective_names({"objective": o, "pretrain_id": p} for o, p, _ in self.groups)
 
     @cached_property
-    def pools(self) -> dict[tuple[str, str], differences.Pool]:
+    def pools(self) -> dict[tuple[str, str], Pool]:
         """What can be on a front of some of the trials, by (name of the objective, method)."""
-        found: dict[tuple[str, str], differences.Pool] = {}
+        found: dict[tuple[str, str], Pool] = {}
         of_model: dict[tuple[str, str], Points] = {}
         for (objective, pretrain_id, method), rows in self.groups.items():
             everyone = of_model.setdefault((objective, pretrain_id), rows)  # the group of all methods comes first
-            pool = differences.pool(rows, self.standing, model=everyone)
+            pool = gather(rows, self.standing, model=everyone)
             if pool:
                 found[self.names[objective, pretrain_id], method] = pool
         return found
@@ -146,7 +147,7 @@ def between_objectives(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, 
         runs: one run, or several that differ by their seed. An objective counts if every run has it.
         bootstrap: arguments of `differences.compare`.
     """
-    pools: dict[str, dict[str, list[differences.Pool]]] = {}
+    pools: dict[str, dict[str, list[Pool]]] = {}
     for run in runs:
         for (name, method), pool in run.pools.items():
             pools.setdefault(method, {}).setdefault(name, []).append(pool)
@@ -164,7 +165,7 @@ def between_runs(runs: Sequence[Run], **bootstrap: Any) -> list[dict[str, Any]]:
         runs: runs of any studies, each with a name of its own; compared where both have that objective and method.
         bootstrap: arguments of `differences.compare`.
     """
-    pools: dict[tuple[str, str], dict[str, list[differences.Pool]]] = {}
+    pools: dict[tuple[str, str], dict[str, list[Pool]]] = {}
     for run in runs:
         for key, pool in run.pools.items():
             pools.setdefault(key, {})[run.name] = [pool]

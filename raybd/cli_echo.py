@@ -8,11 +8,28 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from raybd.cli_values import take_as_given
 from raybd.plain import plain
 
 
 class Commands(TyperGroup):
-    """Commands whose sentences stand whole in the help of their group, wrapped where the screen ends."""
+    """Commands whose sentences stand whole in the help of their group, wrapped where the screen ends.
+
+    What they are given is taken as it is where it needs no conversion.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the words that come before the name of a command."""
+        for parameter in self.get_params(ctx):
+            take_as_given(parameter)
+        return super().parse_args(ctx, args)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command of a name; None if there is none."""
+        command = super().get_command(ctx, cmd_name)
+        for parameter in command.get_params(ctx) if command else ():
+            take_as_given(parameter)
+        return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the list of commands."""

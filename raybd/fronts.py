@@ -86,15 +86,19 @@ class Standing:
         if isinstance(trials, Standing):
             return trials
         ids = [name or "" for name in points.texts["trial_id"]]
-        codes = {name: code for code, name in enumerate(ids)}
         row_N, names, number_N, complete_N = trial_standing(trials)
-        code_N = np.array([codes.get(name or "", -1) for name in names], dtype=np.int64)[row_N]
+        if list(names) == list(points.texts["trial_id"]):
+            code_N = row_N  # most tables come in the same order
+        else:
+            codes = {name: code for code, name in enumerate(ids)}
+            code_N = np.array([codes.get(name or "", -1) for name in names], dtype=np.int64)[row_N]
         number_T, unfinished_T = np.full(len(ids), 1 << 60), np.zeros(len(ids), dtype=bool)
         numbered_N = (code_N >= 0) & (number_N >= 0)
         number_T[code_N[numbered_N]] = number_N[numbered_N]
         unfinished_T[code_N[(code_N >= 0) & ~complete_N]] = True
-        id_T = np.empty(len(ids), dtype=np.int64)
-        id_T[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+        id_T = np.zeros(len(ids), dtype=np.int64)
+        if (np.diff(np.sort(number_T)) == 0).any():
+            id_T[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
         rank_T = np.empty(len(ids), dtype=np.int64)
         rank_T[np.lexsort((id_T, number_T))] = np.arange(len(ids))
         return Standing(rank_T, unfinished_T)

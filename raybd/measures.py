@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raybd import fronts
-from raybd.columns import combined
+from raybd.columns import combined, ordered
 from raybd.fronts import Standing
 from raybd.points import Floats, Points, Row
 
@@ -107,7 +107,8 @@ def _courses(points: Points, top1_tolerance: float, asr_tolerance: float) -> dic
     place_T = np.zeros(len(first_T), dtype=np.int64)
     place_T[trials] = np.arange(len(trials))
     key_N, _ = combined([(place_T[trial_N], len(trials)), (epoch_N, int(epoch_N.max()) + 1)])
-    courses = points.take(np.argsort(key_N, kind="stable"))
+    order = ordered(key_N)
+    courses = points if order is None else points.take(order)
     epoch_N, top1_N, asr_N = (courses.column(name) for name in ("epoch", "zeroshot_top1", "asr_top1"))
     length_T = np.bincount(place_T[trial_N], minlength=len(trials))
     end_T = np.cumsum(length_T)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raybd.columns import numbers
 from raybd.errors import DataError
+from raybd.store import Fill
 
 _TAIL = 8  # length of the footer, 4 bytes, and the mark at the end of a file
 # A few kilobytes may stand for any number of rows, and for any length of text in them.
 _MAX_CELLS = 20_000_000  # rows x columns
 _MAX_BYTES = 256 << 20  # of a file unpacked, and of all its texts
 _SMALL = 1 << 20
+_FURTHER = 100  # bytes that Arrow looks further in files of old writers
 
 
-def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool = False) -> pa.Table:
+def read(content: bytes | memoryview, *, where: str, columns: Collection[str], encoded: bool = False) -> pa.Table:
     """Return a Parquet file's columns as Parquet has them: numbers, texts, times; and its key-value metadata.
 
     The Arrow schema that a file may embed is not looked at: it can name extension types, and a process that has
@@ -29,12 +32,8 @@ def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool 
 
     Errors: DataError.
     """
-    start = max(0, len(content) - _TAIL - int.from_bytes(content[-_TAIL:-4], "little"))
-    # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length.
-    footer = content[start:].replace(b"ARROW:schema", b"other:schema")
     try:
-        # The file itself is not copied: that would take as long as to read some columns.
-        metadata = pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False).metadata
+        metadata = _metadata(content)
         there = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
         # Of these columns those of texts are read as dictionaries.
         options = {"read_dictionary": [*there.intersection(columns)], "arrow_extensions_enabled": False}
@@ -52,9 +51,58 @@ def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool 
         expected = pa.schema(kept, metadata=table.schema.metadata)
         table = table if table.schema == expected else table.cast(expected)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
         raise DataError(f"not a readable Parquet file: {error}", where=where) from None
     return table
+
+
+def some(size: int, fill: Fill, *, columns: Collection[str]) -> memoryview:
+    """Return a file as far as `read` looks at it for some columns, and zeros for the rest, which takes no memory.
+
+    Args:
+        size: of the file.
+        fill: fills a buffer with its bytes from a place on.
+    """
+    content = np.zeros(size, dtype=np.uint8).data
+    if size <= _SMALL:
+        fill(0, content)
+        return content
+    fill(size - _TAIL, content[-_TAIL:])
+    start = _footer_start(content)
+    fill(start, content[start:])
+    try:
+        needed = _needed(_metadata(content), columns)
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        needed = [(0, size)]  # `read` says what is wrong with it
+    done = 0
+    for first, last in sorted(needed):
+        if (begin := max(first, done)) < (end := min(last, size)):
+            fill(begin, content[begin:end])
+            done = end
+    return content
+
+
+def _needed(meta: pq.FileMetaData, columns: Collection[str]) -> list[tuple[int, int]]:
+    """Return where in a file the values of some columns are: first bytes and ends."""
+    found = []
+    kept = [i for i in range(meta.num_columns) if meta.schema.column(i).path in columns]
+    for group in map(meta.row_group, range(meta.num_row_groups)):
+        for chunk in map(group.column, kept):
+            first = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+            found.append((max(0, first), first + chunk.total_compressed_size + _FURTHER))
+    return found
+
+
+def _footer_start(content: bytes | memoryview) -> int:
+    return max(0, len(content) - _TAIL - int.from_bytes(content[-_TAIL:-4], "little"))
+
+
+def _metadata(content: bytes | memoryview) -> pq.FileMetaData:
+    """Return what the footer says, without the Arrow schema. Errors: of Arrow, on what is no footer."""
+    # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length. The
+    # file itself is not copied: that would take as long as to read some columns.
+    footer = bytes(content[_footer_start(content) :]).replace(b"ARROW:schema", b"other:schema")
+    return pq.ParquetFile(pa.BufferReader(footer), arrow_extensions_enabled=False).metadata
 
 
 def _check(meta: pq.FileMetaData, found: list[pa.Field], where: str) -> None:
@@ -88,7 +136,14 @@ def _bound(chunk: pa.Array) -> int:
 
 
 def _length(chunk: pa.Array) -> int:
-    """Return how many bytes the texts of a column take, each as often as it is there."""
-    if pa.types.is_dictionary(chunk.type):
-        return pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
-    return pc.sum(pc.binary_length(chunk)).as_py() or 0
+    """Return how many bytes the texts of a column take, each as often as it is there. Errors: IndexError."""
+    texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+    if not len(texts):
+        return 0
+    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
+    ends_D = np.frombuffer(texts.buffers()[1], dtype=np.int64 if wide else np.int32)
+    length_D = np.diff(ends_D[texts.offset : texts.offset + len(texts) + 1]).astype(np.int64)
+    if not pa.types.is_dictionary(chunk.type):
+        return int(length_D.sum())
+    codes_N, there_N = numbers(chunk.indices)
+    return int(length_D[codes_N[there_N]].sum())

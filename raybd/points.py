@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -155,9 +156,14 @@ class Trials(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return iter(self._table.to_pylist())
 
+    @cached_property
+    def _ids(self) -> tuple[Codes, list[str | None]]:
+        """The codes of the trials, and their ids."""
+        return encoded(self._table.column("trial_id"))
+
     def standing(self) -> tuple[Codes, Sequence[str | None], NDArray[np.int64], NDArray[np.bool_]]:
         """Return the codes of the trials and their ids, the numbers, -1 for none, and which trials are complete."""
-        codes_N, ids = encoded(self._table.column("trial_id"))
+        codes_N, ids = self._ids
         number_N = np.where(*numbers(self._table.column("number"))[::-1], -1)
         state_N, states = encoded(self._table.column("state"))
         complete = np.array([state == "complete" for state in states], dtype=bool)
@@ -165,10 +171,15 @@ class Trials(Sequence[Row]):
 
     def named(self, ids: Iterable[str]) -> list[Row]:
         """Return the rows of these trials, in their order."""
-        codes_N, values = encoded(self._table.column("trial_id"))
+        codes_N, values = self._ids
         known = set(ids)
         wanted = np.array([value in known for value in values], dtype=bool)
-        return taken(self._table, np.flatnonzero(wanted[codes_N])).to_pylist()
+        # Value by value: what takes rows of a table loads more than some hundred of them cost.
+        kept = {name: self._table.column(name) for name in self._table.column_names}
+        return [
+            {name: column[row].as_py() for name, column in kept.items()}
+            for row in np.flatnonzero(wanted[codes_N]).tolist()
+        ]
 
 
 def standing(trials: Iterable[Row]) -> tuple[Codes, Sequence[str | None], NDArray[np.int64], NDArray[np.bool_]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from raybd import columns
 from raybd.errors import DataError
@@ -56,65 +56,67 @@ def check(rows: pa.Table, *, table: str, where: str) -> None:
 
     Errors: DataError that names the first such row, from 0, and its column.
     """
-    for name, bad, expected in _faults(rows, table):
-        # `pc.any` first: what takes a value of Python loads pandas, which a sound table does without.
-        if pc.any(bad).as_py():
-            place = pc.index(bad, True).as_py()
+    for name, bad_N, expected in _faults(rows, table):
+        if bad_N.any():
+            place = int(bad_N.argmax())
             raise DataError(
                 f"row {place}: {name} is {_shown(rows.column(name)[place])}", where=where, expected=expected
             )
     for name in set(_OBJECTS) & set(rows.schema.names):
         texts = rows.column(name).unique()
         texts = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
-        # Flat objects of numbers and plain words, as raybd writes them, are told without a parser in Python.
-        for text in texts.filter(pc.invert(pc.match_substring_regex(texts, _FLAT_OBJECT))).to_pylist():
+        for text in _not_flat(texts).to_pylist():
             if text is not None and not _is_object(text):
                 raise DataError(f"{name} is {text[:80]!r}", where=where, expected="a JSON object")
 
 
-def _faults(rows: pa.Table, table: str) -> Iterator[tuple[str, Any, str]]:
+def _not_flat(texts: pa.Array) -> pa.Array:
+    """Return texts without flat objects of numbers and plain words, as raybd writes them: no parser need look at them.
+
+    What computes with Arrow's columns takes long to load, so no other rule uses it.
+    """
+    import pyarrow.compute as pc
+
+    return texts.filter(pc.invert(pc.match_substring_regex(texts, _FLAT_OBJECT)))
+
+
+def _faults(rows: pa.Table, table: str) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
     """Yield columns with the rows, as a mask, in which they cannot be so, and what was expected."""
     for name in REQUIRED[table]:
-        yield name, pc.is_null(rows.column(name)), "a value"
+        if rows.column(name).null_count:
+            yield name, ~columns.present(rows.column(name)), "a value"
     for field in rows.schema:
         column = rows.column(field.name)
         if field.name in _ONE_OF:
             known = _ONE_OF[field.name]
-            if not set(column.unique().to_pylist()) <= set(known):
-                text = column.cast(pa.string())
-                yield field.name, pc.invert(pc.is_in(text, pa.array(known))), ", ".join(known)
+            codes_N, values = columns.encoded(column)
+            yield field.name, np.array([value not in known for value in values])[codes_N], ", ".join(known)
         elif pa.types.is_integer(field.type) and field.name != "seed":
             least, most = _LEAST.get(field.name, 0), _MOST.get(field.name, _LARGEST)
-            if not _within(column, least, most):
-                yield field.name, _outside(column, least, most), f"{least} … {most}"
+            yield field.name, _outside(column, least, most), f"{least} … {most}"
         elif pa.types.is_timestamp(field.type):
-            if not _within(column.cast(pa.int64()), _microseconds(_EARLIEST), _microseconds(_LATEST)):
-                yield field.name, _outside(column, _EARLIEST, _LATEST), "a time"
+            yield field.name, _outside(column, _microseconds(_EARLIEST), _microseconds(_LATEST)), "a time"
         elif _is_share(field):
+            share_N, there_N = columns.numbers(column)
             if field.name not in _UNKNOWN:
-                yield field.name, pc.is_nan(column), "a share, 0 … 1"
-            if not _within(column, 0.0, 1.0):
-                yield field.name, _outside(column, 0.0, 1.0), "a share, 0 … 1"
+                yield field.name, there_N & np.isnan(share_N), "a share, 0 … 1"
+            yield field.name, _outside(column, 0.0, 1.0), "a share, 0 … 1"
         elif pa.types.is_floating(field.type):
-            yield field.name, pc.is_inf(column), "a finite number"
+            yield field.name, np.isinf(columns.numbers(column)[0]), "a finite number"
     for part, whole in _PARTS:
         if part in rows.schema.names and whole in rows.schema.names:
-            yield part, pc.greater(rows.column(part), rows.column(whole)), f"at most {whole}"
+            (part_N, one_N), (whole_N, other_N) = (columns.numbers(rows.column(name)) for name in (part, whole))
+            yield part, one_N & other_N & (part_N > whole_N), f"at most {whole}"
 
 
-def _within(column: Any, low: float, high: float) -> bool:
-    """Say whether all values are within bounds; nulls and NaN are."""
-    found = pc.min_max(column)
-    least, most = found["min"].as_py(), found["max"].as_py()
-    return least is None or not (least < low or most > high)
+def _outside(column: pa.ChunkedArray, low: float, high: float) -> NDArray[np.bool_]:
+    """Say which values are not within bounds; nulls and NaN are."""
+    found_N, there_N = columns.numbers(column)
+    return there_N & ((found_N < low) | (found_N > high))
 
 
 def _microseconds(time: datetime) -> int:
     return int(time.timestamp()) * 1_000_000
-
-
-def _outside(column: Any, low: object, high: object) -> Any:
-    return pc.or_(pc.less(column, pa.scalar(low, column.type)), pc.greater(column, pa.scalar(high, column.type)))
 
 
 def _is_share(field: pa.Field) -> bool:
@@ -145,21 +147,24 @@ def check_points(rows: pa.Table, *, where: str) -> None:
 
     Errors: DataError that names the trial and the epoch.
     """
-    texts = {name: columns.encoded(rows.column(name)) for name in POINT if name != "epoch"}
+    texts = {name: columns.coded(rows.column(name)) for name in POINT[:-1] if name != "epoch"}
     epoch_N, _ = columns.numbers(rows.column("epoch"))
-    keys = [(codes_N, len(values)) for codes_N, values in (texts[name] for name in POINT[:-1] if name != "epoch")]
+    keys = [(codes_N, len(values) + 1) for codes_N, values in texts.values()]
     key_N, _ = columns.combined([*keys, (epoch_N, _MOST["epoch"] + 1)])
-    split_N, splits = texts["split"]
+    split_N, splits = columns.encoded(rows.column("split"))
     # What adds up to 5 with two rows, or to 16 with one, can only be what is expected.
     weight_N = np.array([_WEIGHTS.get(str(split), 0) for split in splits])[split_N]
-    order = np.argsort(key_N, kind="stable")
-    starts = np.flatnonzero(np.diff(key_N[order], prepend=-1))
-    counts, sums = np.diff(np.append(starts, len(order))), np.add.reduceat(weight_N[order], starts)
+    order = columns.ordered(key_N)
+    if order is not None:
+        key_N, weight_N = key_N[order], weight_N[order]
+    starts = np.flatnonzero(np.concatenate([key_N[:1] >= 0, key_N[1:] != key_N[:-1]]))
+    counts, sums = np.diff(np.append(starts, len(key_N))), np.add.reduceat(weight_N, starts)
     wrong = ~((counts == 2) & (sums == 5) | (counts == 1) & (sums == 16))
     if not wrong.any():
         return
     found: dict[tuple[Any, ...], list[str]] = {}
-    for row in columns.taken(rows.select(POINT), np.sort(order[wrong.repeat(counts)])).to_pylist():
+    places = np.flatnonzero(wrong.repeat(counts)) if order is None else np.sort(order[wrong.repeat(counts)])
+    for row in columns.taken(rows.select(POINT), places).to_pylist():
         found.setdefault(tuple(row[name] for name in POINT[:-1]), []).append(row["split"])
     trial, epoch, *_ = next(iter(found))
     raise DataError(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raybd import parquet, table_rules
@@ -248,6 +247,8 @@ def write_trial(store: Store, table: str, trial: Mapping[str, Any], rows: Sequen
 
     Errors: as of `write`, and of `read` where the part that is there is damaged.
     """
+    import pyarrow.compute as pc  # takes longer to load than to read a table with
+
     first = trial["number"] - trial["number"] % TOGETHER
     part = f"{trial['objective']}-{first:04d}-{first + TOGETHER - 1:04d}"
     found, name = _of_rows(table, part, rows), f"tables/{table}/{part}.parquet"
@@ -301,7 +302,8 @@ def read(store: Store, table: str, *, columns: Collection[str] | None = None, en
     found: list[tuple[str, pa.Table]] = []
     try:
         names = store.names(f"tables/{table}", suffix=".parquet")
-        for name, content in zip(names, store.get_each(names), strict=True):
+        some = None if columns is None else partial(parquet.some, columns=schema.names)
+        for name, content in zip(names, store.get_each(names, some=some), strict=True):
             where = store.path(name)
             found.append((where, _part(content, schema, where)))
     except DataError:
@@ -315,7 +317,7 @@ def read(store: Store, table: str, *, columns: Collection[str] | None = None, en
     return rows if encoded else rows.cast(schema)
 
 
-def _part(content: bytes, schema: pa.Schema, where: str) -> pa.Table:
+def _part(content: bytes | memoryview, schema: pa.Schema, where: str) -> pa.Table:
     """Return a part of a table, texts as dictionaries. Errors: DataError."""
     part = parquet.read(content, where=where, columns=schema.names, encoded=True)
     version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from raybd import differences, fronts, measures, pareto
-from raybd.differences import Pool
+from raybd import differences, fronts, measures, pareto, pools
 from raybd.fronts import Key
 from raybd.points import Floats, Row
+from raybd.pools import Pool
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,22 @@ def pool(rows: Sequence[Row], trials: Iterable[Row], *, model: Sequence[Row] | N
 
 
 class PlainPool(Pool):
-    """A pool whose resamples are looked at as a whole."""
+    """A pool whose selections are looked at one by one, and as a whole."""
+
+    def values(self, included_RT: NDArray[np.bool_]) -> Floats:
+        """Return the measures of selections of trials, shape [R, 3]."""
+        return np.array([self._measures(included_T) for included_T in included_RT]).reshape(-1, 3)
+
+    def _measures(self, included_T: NDArray[np.bool_]) -> tuple[float, float, float]:
+        competing = np.flatnonzero((self.trial_P < 0) | included_T[self.trial_P])
+        members = competing[front(self.top1_P[competing], self.asr_P[competing])]  # by rising accuracy
+        under = members[self.asr_P[members] <= pools.CEILING]
+        within = members[self.top1_P[members] >= self.before - pools.POINTS_LOST - fronts.SLACK]
+        return (
+            pareto.hypervolume(self.quoted_top1_P[members], self.quoted_asr_P[members]) / self.quoted_before,
+            self.quoted_top1_P[under[-1]] if len(under) else np.nan,
+            self.quoted_asr_P[within[0]] if len(within) else np.nan,
+        )
 
     def resampled(self, count: int, generator: np.random.Generator) -> Floats:
         """Return the measures of as many draws of trials with replacement, shape [count, 3]."""

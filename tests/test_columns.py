@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from raybd import analysis, differences, fronts, parquet, points, study, sweeps, tables
+from raybd import analysis, columns, fronts, parquet, points, pools, study, sweeps, tables
 from raybd.cli import app
 from raybd.errors import DataError
 from raybd.report import grids, text
@@ -154,7 +154,7 @@ def test_pareto_of_the_published_sweep(form: str, tmp_path: Path, monkeypatch: p
     assert len(printed) > 1000
 
 
-def pool(seed: int, *, trials: int) -> differences.Pool:
+def pool(seed: int, *, trials: int) -> pools.Pool:
     generator = np.random.default_rng(seed)
     found = []
     for number in range(trials):
@@ -162,7 +162,7 @@ def pool(seed: int, *, trials: int) -> differences.Pool:
             top1, asr = (0.6, 0.99) if epoch == 0 else generator.integers(0, 60, 2) / 100
             where = {"objective": "o", "pretrain_id": "p", "method": "m", "trial_id": f"t{number:05d}"}
             found.append({**where, "epoch": epoch, "split": "all", "zeroshot_top1": top1, "asr_top1": asr})
-    made = differences.pool(found, [])
+    made = pools.gather(found, [])
     assert made is not None
     return made
 
@@ -172,7 +172,7 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
     layers: int, trials: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With few layers many draws have none of their trials, and are looked at as a whole."""
-    monkeypatch.setattr(differences, "_LAYERS", layers)
+    monkeypatch.setattr(pools, "_LAYERS", layers)
     whole = pool(3, trials=trials)
     kept = whole._contenders(whole._layers())
     assert kept.sum() < len(kept) or trials == 5
@@ -184,8 +184,8 @@ def test_resamples_that_look_at_few_points_are_those_of_all(
 def test_pools_that_leave_points_out_give_what_whole_ones_do(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With little depth layers and draws need points that are left out."""
     whole = pool(3, trials=400)
-    monkeypatch.setattr(differences, "_MANY_POINTS", 100)
-    monkeypatch.setattr(differences, "_DEPTH", depth)
+    monkeypatch.setattr(pools, "_MANY_POINTS", 100)
+    monkeypatch.setattr(pools, "_DEPTH", depth)
     some = pool(3, trials=400)
     assert whole.beyond is None
     assert some.beyond is not None
@@ -199,10 +199,10 @@ def test_pools_that_leave_points_out_give_what_whole_ones_do(depth: int, monkeyp
 
 @pytest.mark.parametrize("layers", [1, 12])
 def test_draws_of_few_trials_have_the_distribution_of_all(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(differences, "_LAYERS", layers)
+    monkeypatch.setattr(pools, "_LAYERS", layers)
     whole = pool(4, trials=100)
     expected = whole.resampled(20_000, np.random.default_rng(1))
-    monkeypatch.setattr(differences, "_MOST_DRAWS", 0)
+    monkeypatch.setattr(pools, "_MOST_DRAWS", 0)
     found = whole.resampled(20_000, np.random.default_rng(2))
     for one, other in zip(found.T, expected.T, strict=True):
         assert np.isfinite(one).mean() == pytest.approx(np.isfinite(other).mean(), abs=0.02)
@@ -242,9 +242,9 @@ def test_some_columns_are_read_without_the_others(tmp_path: Path) -> None:
     assert repr(found.to_pylist()) == repr([{name: row.get(name) for name in found.column_names} for row in epochs])
     tables.write(store, "epochs", "e", [*epochs[:-1], {**epochs[-1], "asr_top1": 1.5}])
     # What a row cannot be without is read in any case.
-    for columns in (points.COLUMNS, ()):
+    for some in (points.COLUMNS, ()):
         with pytest.raises(DataError, match=r"asr_top1 is 1.5"):
-            tables.read(store, "epochs", columns=columns)
+            tables.read(store, "epochs", columns=some)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,77 @@ def test_texts_that_are_no_utf_8_are_refused_as_dictionaries_too(tmp_path: Path)
     for encoded in (False, True):
         with pytest.raises(DataError, match="not a readable Parquet file"):
             parquet.read(path.read_bytes(), where="", columns=["trial_id"], encoded=encoded)
+
+
+def outcome(content: bytes | memoryview) -> object:
+    """Return what is read of a file, as rows, or why it is refused."""
+    try:
+        return repr(parquet.read(content, where="", columns=("trial_id", "epoch", "loss"), encoded=True).to_pylist())
+    except DataError as error:
+        return str(error).split(":")[0]
+
+
+def some_of(content: bytes) -> memoryview:
+    def fill(start: int, view: memoryview) -> None:
+        view[:] = content[start : start + len(view)]
+
+    return parquet.some(len(content), fill, columns=("trial_id", "epoch", "loss"))
+
+
+def test_what_is_left_out_of_a_file_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also of a file that is damaged anywhere, and of one in several pieces."""
+    monkeypatch.setattr(parquet, "_SMALL", 64)
+    epochs, _ = drawn(3)
+    table = pa.Table.from_pylist(epochs, schema=tables.SCHEMAS["epochs"])
+    path = tmp_path / "e.parquet"
+    pq.write_table(table, path, row_group_size=len(table) // 3)
+    content, dice = path.read_bytes(), random.Random(0)
+    some = some_of(content)
+    assert len(some) == len(content)
+    assert bytes(some) != content
+    assert outcome(some) == outcome(content)
+    kinds = set()
+    for _ in range(60):
+        bad = bytearray(content)
+        bad[dice.choice([dice.randrange(len(bad)), len(bad) - 1 - dice.randrange(6000)])] = dice.randrange(256)
+        found = outcome(some_of(bytes(bad)))
+        kinds.add(str(found)[:10])
+        assert found == outcome(bytes(bad))
+    assert len(kinds) > 1
+    for length in (0, 1, 7, 8, 9, 63, 64, 65, len(content) - 1):
+        assert outcome(some_of(content[:length])) == outcome(content[:length])
+
+
+def test_large_tables_are_read_in_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store, rows = Store(str(tmp_path)), drawn(3)[0]
+    tables.write(store, "epochs", "e", rows)
+    expected = repr(tables.read(store, "epochs", columns=points.COLUMNS).to_pylist())
+    monkeypatch.setattr(parquet, "_SMALL", 64)
+    filled, seen = parquet.some, list[int]()
+
+    def counted(size: int, fill: Any, *, columns: Any) -> memoryview:
+        return filled(size, lambda start, view: (seen.append(len(view)), fill(start, view))[1], columns=columns)
+
+    monkeypatch.setattr(parquet, "some", counted)
+    assert repr(tables.read(store, "epochs", columns=points.COLUMNS).to_pylist()) == expected
+    assert 0 < sum(seen) < (tmp_path / "tables/epochs/e.parquet").stat().st_size
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 17, 300, 100_000])
+def test_rows_are_grouped_by_key(size: int) -> None:
+    key_N = np.random.default_rng(size).integers(0, size, 1000)
+    expected: dict[int, list[int]] = {}
+    for place, key in enumerate(key_N.tolist()):
+        expected.setdefault(key, []).append(place)
+    assert [rows.tolist() for rows in columns.grouped(key_N, size)] == [*expected.values()]
+
+
+@pytest.mark.parametrize("texts", [["a", "", "bc"], ["é", "x", "", "日本"], [None, "a"], [], [""]])
+def test_texts_are_those_that_arrow_gives(texts: list[str | None]) -> None:
+    whole = pa.array(["before", *texts, "after"], pa.string())
+    assert columns._texts(whole[1:-1]) == texts
+    codes_N, values = columns.encoded(pa.chunked_array([whole[:2], whole[2:]]))
+    assert [values[code] for code in codes_N] == whole.to_pylist()
 
 
 def test_binary_columns_that_hold_texts_are_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybd import analysis, differences, fronts
+from raybd.pools import Pool, gather
 
 unhurried = settings(deadline=None, max_examples=40)
 _share = st.one_of(st.integers(1, 6).map(lambda k: k / 6), st.integers(1, 5000).map(lambda k: k / 5000))
@@ -57,7 +58,7 @@ def _slow(rows: list[dict[str, Any]], trials: list[dict[str, Any]]) -> list[floa
 def test_values_of_any_selection_are_those_of_its_fronts(courses: list[Any], data: st.DataObject) -> None:
     rows = _rows(courses)
     trials = _trials(rows)
-    pool = differences.pool(rows, trials)
+    pool = gather(rows, trials)
     assert pool is not None
     assert pool.num_trials == len(courses)
     chosen = data.draw(st.lists(st.booleans(), min_size=len(courses), max_size=len(courses)).filter(any))
@@ -73,9 +74,9 @@ GOOD = [[(0.58, 0.04, 0.57, 0.05)], [(0.595, 0.30, 0.58, 0.31)], [(0.50, 0.01, 0
 POOR = [[(0.45, 0.04, 0.44, 0.05)], [(0.595, 0.80, 0.58, 0.81)], [(0.30, 0.01, 0.29, 0.02)]]
 
 
-def _pool(courses: list[Any], **given: Any) -> differences.Pool:
+def _pool(courses: list[Any], **given: Any) -> Pool:
     rows = _rows(courses, **given)
-    found = differences.pool(rows, _trials(rows))
+    found = gather(rows, _trials(rows))
     assert found is not None
     return found
 
@@ -149,11 +150,21 @@ def test_same_seed_same_interval() -> None:
     assert one != other
 
 
-def test_resamples_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    pools = {"a": [_pool(GOOD)], "b": [_pool(POOR)]}
-    whole = differences.compare(pools)
-    monkeypatch.setattr(differences, "_BLOCK", 7)
-    assert differences.compare(pools) == whole
+def test_selections_looked_at_together_give_what_each_gives_alone() -> None:
+    pool = _pool([[tuple(row) for row in course] for course in np.random.default_rng(0).random((30, 5, 4))])
+    included_RT = np.random.default_rng(1).random((60, 30)) < np.linspace(0, 1, 60)[:, None]
+    alone = np.concatenate([pool.values(included_T[None]) for included_T in included_RT])
+    assert pool.values(included_RT) == pytest.approx(alone, abs=1e-12, nan_ok=True)
+    assert np.isnan(alone).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40, 1000])
+def test_intervals_reach_from_quantile_to_quantile(count: int) -> None:
+    values = np.random.default_rng(count).random(count)
+    for level in (0.95, 0.8, 0.5, 1.0):
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        found = differences._interval(np.append(values, np.nan), level)
+        assert found == {"low": low, "high": high, "resamples": count}
 
 
 def test_no_point_that_qualifies_is_no_number() -> None:
@@ -164,7 +175,7 @@ def test_no_point_that_qualifies_is_no_number() -> None:
 
 def test_one_objective_has_nothing_to_differ_from() -> None:
     assert differences.compare({"a": [_pool(GOOD)]}) == []
-    assert differences.pool(_rows([[]]), []) is None
+    assert gather(_rows([[]]), []) is None
 
 
 def test_differences_and_attainment_of_several_runs() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from raybd import tables
 from raybd.metrics import wilson
 from raybd.report import text
-from raybd.report.terminal import sheet
+from raybd.report.terminal import Sheet
 from raybd.report.words import Row, share
 from raybd.tables import RECALL_AT
 
@@ -52,7 +52,7 @@ def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     role = "" if first["role"] == "planted" else " (not planted: a control)"
     trigger = json.loads(first["trigger"])["name"]
-    table = sheet(f"{first['task']} on {first['data']}: {trigger} → {first['target_class']}{role}", _caption(first))
+    table = Sheet(f"{first['task']} on {first['data']}: {trigger} → {first['target_class']}{role}", _caption(first))
     table.add_column("model")
     if first["task"] == "zeroshot":
         for name in ("accuracy %", "ASR %", "robust accuracy %"):

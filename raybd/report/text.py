@@ -16,7 +16,7 @@ from raybd import tables
 from raybd.fronts import ALL_METHODS
 from raybd.plain import plain
 from raybd.report import words
-from raybd.report.terminal import sheet
+from raybd.report.terminal import Sheet
 from raybd.report.words import Front, Grid, Row
 
 
@@ -40,7 +40,7 @@ def front_tables(summaries: Iterable[Row], trials: Iterable[Row] = (), *, kind: 
 
 def rendered(grid: Grid) -> Table:
     """Return a grid as a table for a terminal."""
-    table = sheet(grid.title, f"{grid.note}\n" if grid.note else "")
+    table = Sheet(grid.title, f"{grid.note}\n" if grid.note else "")
     for column in grid.columns:
         justify: Literal["left", "right"] = "right" if column.number else "left"
         table.add_column(column.head, justify=justify, no_wrap=True, style="bold" if column.strong else None)
@@ -61,7 +61,7 @@ def _front_table(front: Front, trials: Mapping[str, Row]) -> Table:
     shares = [f"{front.half(s)['hypervolume']:.4f} on {words.IMAGES[s]}" for s in front.splits]
     parts = f"{words.percent(front.report['hypervolume_share'], digits=1)} % of the poisoned model's rectangle"
     caption = f"hypervolume: {', '.join(shares)}; {parts}"
-    table = sheet(f"{front.title}: front of {_KIND[front.kind]}", f"{caption}\n")
+    table = Sheet(f"{front.title}: front of {_KIND[front.kind]}", f"{caption}\n")
     table.add_column("\ntrial", justify="right", no_wrap=True)
     if front.method == ALL_METHODS:
         table.add_column("\nmethod", no_wrap=True)
@@ -98,7 +98,7 @@ def _scores(front: Front, searched: Row, reported: Row) -> list[str]:
 
 
 def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
-    table = sheet(f"{front.name}: {words.quoted_on(front.splits)}")
+    table = Sheet(f"{front.name}: {words.quoted_on(front.splits)}")
     table.add_column("\nbest", no_wrap=True)
     for name in ("\ntrial", "\nepoch"):
         table.add_column(name, justify="right", no_wrap=True)
