@@ -5,8 +5,9 @@ There may be no GPU here: what is measured then is this process's memory on the 
 
 from __future__ import annotations
 
+import ctypes
 import json
-import math
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybd import costs, plan_sharing, planning, run_record, study_file
+from raybd import costs, plan_sharing, run_record, study_file
 from raybd.clean.actor import CleanTrial
 from raybd.cluster import gpus, shares
 from raybd.cluster.session import Share, resolve
 from raybd.errors import RaybdError
 from raybd.failures import kind_of
+from raybd.planning import Plan, Sizes, Storage
 from raybd.report import planned
 from raybd.store import Store
-from raybd.study import Failure, Method, Resources, Study
+from raybd.study import Failure, Method, Resources, Sampler, Study
 from raybd.train import footprint
 from raybd.train.footprint import CudaMeter, Footprint, Reading, Unknown
 
@@ -36,7 +38,7 @@ FOUND = Footprint(
 GPU = Share(num_workers=1, use_gpu=True, cpus_per_worker=1, concurrent_trials=1, cpus_per_trial=1, gpus_per_trial=1.0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux what memory a process has")
+linux = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc what memory a process has")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a GPU, and torch sees none")
 
 
@@ -89,12 +91,12 @@ def test_more_room_never_means_fewer_trials(found: Footprint, cores: int, wanted
     assert shares.choose(found, cores=cores, wanted=wanted + 1).trials >= trials
 
 
-@pytest.mark.parametrize("trials", range(1, 101))
-def test_a_fraction_holds_as_many_trials_as_it_was_made_for(trials: int) -> None:
-    share = shares.fraction(trials)
-    assert share * 10_000 == pytest.approx(round(share * 10_000), abs=1e-9)
-    assert 10_000 // round(share * 10_000) == trials
-    assert Resources(gpus_per_trial=share).gpus_per_trial == share
+def test_a_fraction_holds_as_many_trials_as_it_was_made_for() -> None:
+    for trials in range(1, 101):
+        share = shares.fraction(trials)
+        assert 10_000 // round(share * 10_000) == trials
+        assert round(share * 10_000) / 10_000 == share
+        assert Resources(gpus_per_trial=share).gpus_per_trial == share
 
 
 def test_what_keeps_more_off_a_gpu_is_said() -> None:
@@ -172,6 +174,7 @@ class ProcessMeter:
         self.readings: list[Reading] = []
 
     def start(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but is still the process's, would be used again
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
         self._before = self._bytes("VmRSS")
 
@@ -190,20 +193,20 @@ class ProcessMeter:
 def test_the_heaviest_trial_is_measured_by_running_it() -> None:
     study = tiny(
         "evaluation.batch_size=8",
-        "search.space={method: {choices: [mmcl, frozen_batchnorm]}, batch_size: {choices: [4, 128]}}",
+        "search.space={method: {choices: [mmcl, frozen_batchnorm]}, batch_size: {choices: [4, 48]}}",
         "clean.loss_weights={mmcl: 1, ssl: 0}",
         "clean.num_samples=200",
     )
     meter = ProcessMeter()
     found = footprint.measure(study, prompts=10, device=CPU, meter=meter, threads=1)
-    assert (found.kinds, found.batch, found.device) == (2, 128, "cpu")
+    assert (found.kinds, found.batch, found.device) == (2, 48, "cpu")
     assert found.kind in ("mmcl", "frozen_batchnorm")
     assert found.peak == max(reading.peak for reading in meter.readings)
     assert found.beside < found.peak < found.total
-    small = replace(meter.readings[0])
+    weights = costs.towers(study.model.name).weight_bytes
     for reading in meter.readings:
-        # Images, and what their first layers leave for the way back.
-        assert reading.peak - reading.beside > 128 * 3 * 32 * 32 * 4 * 4, small
+        # With gradients and AdamW's two moments, beside the images.
+        assert reading.peak - reading.beside > 4 * weights + 48 * 3 * 32 * 32 * 4
     assert shares.choose(found, cores=8, wanted=8).trials >= 1
 
 
@@ -239,7 +242,7 @@ def test_what_a_short_trial_is_too_short_for_is_added() -> None:
     )
     (clustered,) = footprint.heaviest(study)
     assert footprint.left_out(study, plain, prompts=2048) == 0
-    width = 4 * 128
+    width = 4 * 64
     assert footprint.left_out(study, plain, prompts=80_000) == 2 * width * (80_000 - 2048)
     # A million rows, three times, and 16,384 similarities to each centroid.
     assert footprint.left_out(study, clustered, prompts=0) > 3 * width * 1_000_000 + 4 * 16_384 * 1000
@@ -280,18 +283,17 @@ def test_a_trial_that_cannot_be_measured_says_why() -> None:
 
 
 def test_a_plan_says_what_it_knows_of_shares() -> None:
-    study = tiny("resources.use_gpu=true")
-    found = planning.sizes(study)
-    told = plan_sharing.told(study, found, probe=False, elsewhere=False)
-    assert told is not None
-    assert told.startswith("GPUs: counted as one for each trial. resources.gpus_per_trial is auto")
-    plan = replace(planning.make(study, speed=None, search=True), sharing=told)
+    study, found = tiny("resources.use_gpu=true"), Sizes(pairs=256, images=480, classes=9, how="given")
+    for probe, elsewhere in ((False, False), (True, True)):
+        told = plan_sharing.told(study, found, probe=probe, elsewhere=elsewhere)
+        assert told is not None
+        assert told.startswith("GPUs: counted as one for each trial. resources.gpus_per_trial is auto")
+    plan = Plan("tiny", found, Sampler.TPE, False, 0, (), None, Storage(*[0] * 6), sharing=told)  # noqa: FBT003
     assert told in planned.lines(plan.as_dict(), gpu_wanted=True)
     for settled in ("resources.use_gpu=false", "resources.gpus_per_trial=0.5"):
-        assert plan_sharing.told(tiny(settled), found, probe=False, elsewhere=False) is None
-    both = tiny("resources={use_gpu: true}")
-    choice = plan_sharing.here_chosen(both, FOUND, gpus=2)
-    assert choice.trials <= math.ceil(2 * both.search.num_trials / 2)
+        assert plan_sharing.told(tiny(settled), found, probe=False, elsewhere=True) is None
+    # Four trials in all, on two GPUs.
+    assert plan_sharing.here_chosen(tiny("resources={use_gpu: true}"), FOUND, gpus=2).trials <= 2
 
 
 def test_the_record_of_a_run_takes_what_was_chosen(tmp_path: Path) -> None:

@@ -348,9 +348,11 @@ def test_speed_is_given_or_left_open() -> None:
 
 def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--tflops", "1"])
+    on_gpus = ["--set", "resources.use_gpu=true"]
+    done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--tflops", "1", *on_gpus])
     assert done.exit_code == 0, done.output
     assert "pretrain mmcl_ssl" in done.output
+    assert "GPUs: counted as one for each trial" in done.output
     assert "computed for 1 TFLOP/s" in done.output
     done = runner.invoke(app, ["pretrain", str(TINY), "--dry-run", "--no-probe", "-f", "json"])
     found = json.loads(done.output)

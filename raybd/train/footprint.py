@@ -197,9 +197,9 @@ def _taken(study: Study, settings: CleanSettings, *, prompts: int, device: torch
     # All points take the same.
     alphas = short.interpolation.model_copy(update={"alphas": short.interpolation.alphas[:1]})
     short = short.model_copy(update={"interpolation": alphas})
-    _forget(device)
-    meter.start()
     try:
+        _forget(device)
+        meter.start()
         _run(study, short, pairs, texts=min(prompts, 2 * _TEXTS), device=device)
         return meter.read()
     except Exception as error:  # CUDA and its libraries raise what they like
