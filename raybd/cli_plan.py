@@ -63,7 +63,7 @@ def print_plan(
 
     found = study_file.load(study, overrides=overrides or [])
     # These import torch, which a mistake in the study does not wait for.
-    from raybd import planning
+    from raybd import plan_sharing, planning
     from raybd.report import planned
     from raybd.train.probe import Unmeasured
 
@@ -74,6 +74,10 @@ def print_plan(
     except Unmeasured as error:
         unmeasured = error.what
     made = replace(planning.make(found, speed=speed, search=search), unmeasured=unmeasured)
+    there = verdict.share if verdict is not None else None
+    if search and (there is None or there.use_gpu):
+        told = plan_sharing.told(found, made.sizes, probe=probe and tflops is None, elsewhere=there is not None)
+        made = replace(made, sharing=told)
     plan = (planning.billed(made, verdict) if verdict is not None else made).as_dict()
     if format_ is PlanFormat.JSON:
         echo(json.dumps(plan, indent=1))

@@ -102,6 +102,7 @@ class Plan:
         left_out: points of a grid that `num_trials` leaves out, for each objective.
         bill: what it takes on a certain cluster, where one was given.
         unmeasured: why there is no speed, where one was to be measured.
+        sharing: how many trials share a GPU, in words.
     """
 
     study: str
@@ -114,6 +115,7 @@ class Plan:
     storage: Storage
     bill: Bill | None = None
     unmeasured: str | None = None
+    sharing: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able data, with totals."""
@@ -217,7 +219,7 @@ def speed(study: Study, *, tflops: float | None, probe: bool, search: bool) -> S
     work = Workload(
         runs=[(settings, cost) for settings, _, cost in runs],
         images=found.images,
-        prompts=_prompts(study, found),
+        prompts=prompt_count(study, found),
         use_gpu=share.use_gpu and gpus > 0,
         trial_threads=min(cores, share.cpus_per_trial),
         worker_threads=min(cores, share.cpus_per_worker),
@@ -288,7 +290,8 @@ def _search(study: Study, found: Sizes, objective: str, trials: Sequence[CleanSe
     return _part("clean", objective, [_trial_run(study, settings) for settings in halved], study, found, speed)
 
 
-def _prompts(study: Study, found: Sizes) -> int:
+def prompt_count(study: Study, found: Sizes) -> int:
+    """Return how many prompts an evaluation has, 0 where the class list is not here."""
     return (found.classes or 0) * len(prompts.templates(study.evaluation.templates, field="evaluation.templates"))
 
 
@@ -298,7 +301,7 @@ def _part(stage: str, objective: str, runs: Sequence[_Run], study: Study, found:
         study.model.name,
         images=found.images,
         passes=1 + len(study.poison.attacks) + len(study.evaluation.controls),
-        prompts=_prompts(study, found),
+        prompts=prompt_count(study, found),
     )
     looks = [costs.evaluations(settings) for settings, _, _ in runs]
     epochs = sum(settings.epochs for settings, _, _ in runs)

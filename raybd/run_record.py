@@ -17,6 +17,7 @@ _KINDS: dict[str, type] = {
     "pretrain_ids": dict,
     "environment": dict,
     "created": str,
+    "gpu_share": dict,
 }
 
 
@@ -35,6 +36,11 @@ def read(store: Store) -> dict[str, Any]:
         raise DataError("holds no resolved study", where=where, expected='{"study": {...}, "hash": ..., ...}')
     require(record, ("study",), where=where)
     return record
+
+
+def update(store: Store, **parts: object) -> None:
+    """Put parts into the record of a run directory. Errors: DataError where there is none."""
+    store.put(NAME, json.dumps({**read(store), **parts}, indent=1).encode())
 
 
 def require(record: Mapping[str, Any], needs: Sequence[str], *, where: str) -> None:

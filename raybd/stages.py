@@ -84,6 +84,8 @@ class Run(StudyDirectory):
             "environment": environment,
             "created": self.earlier["created"] if self.earlier else datetime.now(UTC).isoformat(),
         }
+        if self.earlier and "gpu_share" in self.earlier:
+            record["gpu_share"] = self.earlier["gpu_share"]
         self.store.put("study.json", json.dumps(record, indent=1).encode())
         return ids
 
@@ -220,4 +222,20 @@ class Run(StudyDirectory):
         """Run the trials that have not ended."""
         from raybd.clean.actor import CleanTrial
 
-        self.run_trials(ids, CleanTrial(threads=self.share.cpus_per_trial, use_gpu=self.share.use_gpu))
+        if self.share.use_gpu and self.study.resources.gpus_per_trial == "auto":
+            self._share_gpus(ids)
+        share = self.share
+        self.run_trials(ids, CleanTrial(share.cpus_per_trial, use_gpu=share.use_gpu, memory=share.memory_per_trial))
+
+    def _share_gpus(self, ids: dict[str, str]) -> None:
+        """Measure how many trials share a GPU, anew in each call: its machines may be others. Say and record it."""
+        from raybd.cluster import gpus
+
+        total, ended = self.trials(ids)
+        if total == ended:
+            return
+        prompts = len(self.inputs.evaluation_set.prompts)
+        with self.view.live("measuring what a trial takes of a GPU"):
+            self.share, choice = gpus.settle(self.study, self.share, prompts=prompts, trials=total - ended)
+        self.view.stage(f"GPUs: {choice}")
+        run_record.update(self.store, gpu_share=choice.record())

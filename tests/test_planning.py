@@ -21,7 +21,7 @@ from raybd.report import planned
 from raybd.store import Store
 from raybd.study import LossWeights, Method, Sampler, Study, TrainSettings
 from raybd.terms import TERMS
-from raybd.train import probe
+from raybd.train import probe, short_trials
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
 from raybd.train.loop import Training
@@ -233,13 +233,13 @@ def test_short_trials_tell_the_speed_of_each_kind_of_run(monkeypatch: pytest.Mon
     assert not speed.failed
     assert torch.get_num_threads() == threads
     sizes = planning.sizes(study)
-    most_prompts = planning._prompts(study, sizes) / sizes.images + 0.5  # for an image; of few images rounded up
+    most_prompts = planning.prompt_count(study, sizes) / sizes.images + 0.5  # for an image; of few images rounded up
     for timed in speed.kinds:
         assert 2 <= timed.batch <= 64
         assert timed.steps >= 1
         # Seconds and rates say the same: operations at their rate take their seconds.
         settings = study.clean.settings({}) if "deep" in timed.kind else study.pretrain.settings("mmcl")
-        step = probe._epoch_cost(study, probe._shortened(settings, 64), 64) * timed.batch / 64
+        step = probe._epoch_cost(study, short_trials.shortened(settings, 64, epochs=4), 64) * timed.batch / 64
         assert timed.step_seconds * timed.training == pytest.approx(step, rel=0.2)
         tower = costs.towers(study.model.name)
         assert tower.image_forward <= timed.image_seconds * timed.forward
@@ -348,9 +348,11 @@ def test_speed_is_given_or_left_open() -> None:
 
 def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--tflops", "1"])
+    on_gpus = ["--set", "resources.use_gpu=true"]
+    done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--tflops", "1", *on_gpus])
     assert done.exit_code == 0, done.output
     assert "pretrain mmcl_ssl" in done.output
+    assert "GPUs: counted as one for each trial" in done.output
     assert "computed for 1 TFLOP/s" in done.output
     done = runner.invoke(app, ["pretrain", str(TINY), "--dry-run", "--no-probe", "-f", "json"])
     found = json.loads(done.output)

@@ -30,10 +30,13 @@ class CleanTrial:
     Attributes:
         threads: of torch, on the CPU.
         use_gpu: train on the GPU that the process sees.
+        memory: share of that GPU's memory that torch may have: what it would have beyond is not there for it, so that
+            it takes nothing from others on the GPU. 1 sets no limit.
     """
 
     threads: int
     use_gpu: bool
+    memory: float = 1.0
 
     def __call__(self, study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
         """Run the trial under a watchdog and return its ended entry; see `run_trial`."""
@@ -55,5 +58,7 @@ class CleanTrial:
             # What the trial before left; a GPU that hangs may hang here.
             gc.collect()
             if device.type == "cuda":
+                if self.memory < 1:
+                    torch.cuda.set_per_process_memory_fraction(self.memory)
                 torch.cuda.empty_cache()
             return run_trial(study, store, task, device=device, notify=report)

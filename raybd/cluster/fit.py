@@ -120,6 +120,8 @@ def describe(study: Study, share: Share) -> str:
     worker = _amount(share.cpus_per_worker, 0.0) + (" and a GPU" if share.use_gpu else "")
     trials = f"{share.concurrent_trials} trial{'s' if share.concurrent_trials > 1 else ''} at once"
     trial = _amount(share.cpus_per_trial, share.gpus_per_trial)
+    if share.use_gpu and study.resources.gpus_per_trial == "auto":
+        trial += " at most"  # what it takes is measured before the search
     return f"study {study.name}: {workers} of {worker}, {trials} of {trial}"
 
 

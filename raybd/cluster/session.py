@@ -47,6 +47,7 @@ class Share:
     """What a study takes of the cluster, nothing left to `auto`.
 
     Attributes:
+        beside: share of a GPU's memory that a trial's process takes where no limit on torch's memory reaches.
         missing: what the cluster does not have now, in words.
         scratch: a folder on the driver's machine for what Ray keeps of its own; gone when the session ends. Nothing
             reads it: a run goes on from its ledger, and Ray's files are pickles, which a run directory must not hold.
@@ -58,12 +59,20 @@ class Share:
     concurrent_trials: int
     cpus_per_trial: int
     gpus_per_trial: float
+    beside: float = 0.0
     missing: tuple[str, ...] = ()
     scratch: str = ""
+
+    @property
+    def memory_per_trial(self) -> float:
+        """Share of a GPU's memory that torch may have in a trial, 1 where nobody else is on the GPU."""
+        return self.gpus_per_trial - self.beside if 0 < self.gpus_per_trial < 1 else 1.0
 
 
 def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) -> Share:
     """Settle every `auto` for a cluster of so many CPUs and GPUs, and refuse what can never be placed.
+
+    A trial whose share is not measured yet has a GPU for itself; see `raybd.cluster.gpus`.
 
     Args:
         may_grow: the cluster may add nodes, so what is missing now is not refused.
@@ -71,6 +80,7 @@ def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) 
     Errors: ClusterError.
     """
     use_gpu = gpus > 0 if wanted.use_gpu == "auto" else wanted.use_gpu
+    gpus_each = 1.0 if wanted.gpus_per_trial == "auto" else wanted.gpus_per_trial
     workers = (max(1, gpus) if use_gpu else 1) if wanted.num_workers == "auto" else wanted.num_workers
     cpus_each = max(1, cpus // workers) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
     if use_gpu and wanted.cpus_per_worker == "auto":
@@ -81,14 +91,14 @@ def resolve(wanted: Resources, *, cpus: int, gpus: int, may_grow: bool = False) 
         trials = max(1, cpus // wanted.cpus_per_trial)
         if use_gpu:
             # A trial has its share of one GPU: what is left over on several adds up to nothing.
-            trials = max(1, min(trials, gpus * int(1 / wanted.gpus_per_trial + 1e-9)))
+            trials = max(1, min(trials, gpus * int(1 / gpus_each + 1e-9)))
     share = Share(
         num_workers=workers,
         use_gpu=use_gpu,
         cpus_per_worker=cpus_each,
         concurrent_trials=trials,
         cpus_per_trial=wanted.cpus_per_trial,
-        gpus_per_trial=wanted.gpus_per_trial if use_gpu else 0.0,
+        gpus_per_trial=gpus_each if use_gpu else 0.0,
     )
     missing = _missing(share, cpus=cpus, gpus=gpus)
     if missing and not may_grow:

@@ -74,6 +74,8 @@ def lines(plan: Mapping[str, Any], *, gpu_wanted: bool) -> list[str]:
             said.append(f"  a trial: {_seconds(seconds)} on average")
         if gpu_wanted and speed["how"].startswith("measured on cpu"):
             said.append("  the study asks for GPUs and there is none here: say what one sustains with --tflops")
+    if plan["sharing"]:
+        said.append(plan["sharing"])
     said.append(
         f"storage: {size(storage['poisoned'])} poisoned models, {size(storage['front'])} of front points if each "
         f"trial leaves one ({size(storage['model'])} each), {size(storage['tables'])} of tables; "

@@ -52,7 +52,12 @@ class Resources(Section):
     cpus_per_worker: PositiveInt | Literal["auto"] = Field("auto", description="cores of a pretraining worker")
     concurrent_trials: PositiveInt | Literal["auto"] = Field("auto", description="trials at a time")
     cpus_per_trial: PositiveInt = Field(1, description="cores of a trial")
-    gpus_per_trial: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of a GPU that a trial has")
+    gpus_per_trial: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        "auto",
+        description="share of a GPU that a trial has, of its memory too: one that needs more fails as out_of_memory. "
+        "auto: before the search the heaviest trial is measured, then as many share a GPU as four fifths of the "
+        "smallest one's memory hold and cores are there for, at most 4: how they slow each other is not measured",
+    )
     max_failures: NonNegativeInt = Field(3, description="how often workers may die within one pretraining epoch")
     hang_minutes: NonNegativeFloat = Field(
         30.0, description="a pretraining worker that finishes no step or batch for so long is ended; 0: never"

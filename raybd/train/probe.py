@@ -7,27 +7,18 @@ they take is told for an operation, so that it holds for other batch sizes and l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from raybd import costs
 from raybd.clean import registry
-from raybd.data.cache import Images
-from raybd.data.pairs import CachedPairs
-from raybd.data.shards import Index
 from raybd.errors import RaybdError
-from raybd.evaluate import EvaluationSet, Probe, Role
-from raybd.model import Clip, create
-from raybd.poison.plan import Attack, PoisonPlan
-from raybd.seeding import fork
+from raybd.model import create
 from raybd.study import CleanSettings, Method, Study, TrainSettings
-from raybd.train.context import Progress
-from raybd.train.inputs import prepare
+from raybd.train import short_trials
 from raybd.train.loop import Training
 
 _SECONDS = 40.0  # for all kinds together; the one under way then still ends
@@ -36,8 +27,6 @@ _EPOCHS = 3  # the first warms up
 _SLOW = 1.5  # seconds of an epoch above which one is timed in place of two
 _MOST_PAIRS = 4096
 _FEW_OPERATIONS = 2e10  # a second, on a slow core
-_CAPTION = "a photo of a small brown {} on the green grass of a park"
-_CLASSES = ("dog", "cat")
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ def measure(study: Study, work: Workload) -> Speed:
         if found and time.perf_counter() - started > _SECONDS:
             break
         threads = work.trial_threads if isinstance(settings, CleanSettings) else work.worker_threads
-        with _threads(threads):
+        with short_trials.threads(threads):
             try:
                 rate = rate or _first_rate(study.model.name, device)
                 found.append(_timed(study, settings, work, device, rate))
@@ -173,23 +162,13 @@ def _representatives(runs: Sequence[tuple[TrainSettings, float]]) -> list[TrainS
     return [sorted((s for s, _ in group), key=lambda s: s.batch_size)[len(group) // 2] for group in groups]
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _first_rate(model: str, device: torch.device) -> float:
     """Return about how many operations a second a model's forward and backward pass do: enough to choose sizes by."""
     clip, cost = create(model, seed=0), costs.towers(model)
     net = clip.net.to(device, memory_format=torch.channels_last).train()
     batch = max(2, min(32, int(_FEW_OPERATIONS / cost.pair_training)))
     images_BCHW = torch.zeros((batch, 3, clip.image_size, clip.image_size), device=device)
-    tokens_BL = clip.tokenize([_CAPTION.format("dog")] * batch).to(device)
+    tokens_BL = clip.tokenize([short_trials.CAPTION.format("dog")] * batch).to(device)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -201,30 +180,6 @@ def _first_rate(model: str, device: torch.device) -> float:
         if seconds[-1] > _SLOW:
             break
     return batch * cost.pair_training / min(seconds)
-
-
-@dataclass
-class _Notes:
-    """A context that keeps the records of a run on one device in memory."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    def report(
-        self, epoch: int, record: dict[str, Any], weights: Callable[[], bytes], state: Callable[[], bytes] | None = None
-    ) -> None:
-        self.records.append(record)
-
-    def last_epoch(self) -> int:
-        return -1
-
-    def load_state(self) -> bytes | None:
-        return None
-
-    def progress(self, progress: Progress) -> None:
-        pass
 
 
 def _timed(study: Study, settings: TrainSettings, work: Workload, device: torch.device, rate: float) -> Timed:
@@ -252,17 +207,17 @@ def _short_trial(
     prompts_each = work.prompts / max(1, work.images)
     image_cost = passes * cost.image_forward + prompts_each * cost.text_forward
     images = max(4, min(work.images, _MOST_PAIRS, int(affordable / image_cost)))
-    prompts = len(_CLASSES) * max(1, round(prompts_each * images / len(_CLASSES)))
-    short = _shortened(settings, pairs)
+    prompts = len(short_trials.CLASSES) * max(1, round(prompts_each * images / len(short_trials.CLASSES)))
+    short = short_trials.shortened(settings, pairs, epochs=_EPOCHS + 1)
     # What warms up takes seconds whatever the model: little of an epoch that takes long by its operations alone.
     long = _epoch_cost(study, short, pairs) / rate > _SLOW
     clip = create(study.model.name, seed=0)
-    notes = _Notes(device)
-    evaluation_set = _evaluation_set(study, clip.image_size, images, prompts)
+    notes = short_trials.Notes(device)
+    evaluation_set = short_trials.evaluation_set(study, clip.image_size, images, prompts)
     recipe = registry.recipe(short, seed=0) if isinstance(short, CleanSettings) else None
     training = Training(
         clip,
-        _pairs(study, short, clip, pairs),
+        short_trials.pairs(study, short, clip, pairs),
         short,
         notes,
         evaluation_set,
@@ -304,45 +259,3 @@ def _epoch_cost(study: Study, settings: TrainSettings, pairs: int) -> float:
         return costs.training_cost(study.model.name, given, pairs=pairs)
 
     return cost(2) - cost(1)
-
-
-def _shortened(settings: TrainSettings, pairs: int) -> TrainSettings:
-    """Return settings for a run on a few pairs that learns next to nothing: speed does not depend on what is learnt."""
-    changes: dict[str, Any] = {"epochs": _EPOCHS + 1, "lr": 1e-9, "warmup_steps": 0}
-    if isinstance(settings, CleanSettings):
-        changes["num_samples"] = pairs
-        if settings.method is Method.DEEP_CLUSTERING:
-            clusters = max(2, min(settings.deep_clustering.clusters, pairs // 2))
-            changes["deep_clustering"] = settings.deep_clustering.model_copy(update={"clusters": clusters})
-    return settings.model_copy(update=changes)
-
-
-def _images(size: int, count: int) -> Images:
-    """Return images at random, labelled in turn."""
-    keys = np.array([f"probe-{i:06d}" for i in range(count)])
-    labels = np.arange(count) % len(_CLASSES)
-    captions = np.array([_CAPTION.format(_CLASSES[label]) for label in labels], dtype=object)
-    index = Index(("probe",), keys, captions, labels, np.zeros(count, dtype=np.int64), np.arange(count))
-    pixels_MCHW = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
-    return Images(index, pixels_MCHW, np.arange(count))
-
-
-def _pairs(study: Study, settings: TrainSettings, clip: Clip, count: int) -> CachedPairs:
-    return CachedPairs(_images(clip.image_size, count), prepare(PoisonPlan({}, ()), settings, clip, seed=study.seed))
-
-
-def _evaluation_set(study: Study, size: int, count: int, prompts: int) -> EvaluationSet:
-    """Return images with as many triggers as the study tries, and so many prompts."""
-    images = _images(size, count)
-    labels_N = images.index.labels
-    tried = [*(attack.trigger for attack in study.poison.attacks), *study.evaluation.controls]
-    triggered_N = labels_N >= 0 if study.evaluation.include_target else labels_N != 0
-    probes = tuple(
-        Probe(Role.PLANTED, Attack(trigger, _CLASSES[0], fork(study.seed, "probe", number)), 0, triggered_N)
-        for number, trigger in enumerate(tried)
-    )
-    each = prompts // len(_CLASSES)
-    texts = tuple(f"a photo of {number} {name}s." for name in _CLASSES for number in range(each))
-    return EvaluationSet(
-        images, labels_N == 0, probes, study.seed, texts, len(_CLASSES), batch_size=study.evaluation.batch_size
-    )
