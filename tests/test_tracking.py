@@ -115,8 +115,10 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(folder: Path) -> Found:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # waits until all is written, as the end of a process does
     found: Found = {}
     for path in sorted(folder.rglob("*.wandb")):  # by time: a call after another has a file of its own
         told, name = Told(), ""
@@ -155,6 +157,8 @@ def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    if name == "wandb":
+        importlib.import_module(name).teardown()  # it reads its environment once
     return name
 
 
@@ -408,6 +412,27 @@ def test_a_tracker_that_is_not_there_is_refused_before_any_work(monkeypatch: pyt
         tracking.require(Recording(trackers=(TrackerName.MLFLOW,)))
     assert "raybd[mlflow]" in caught.value.fix
     tracking.require(Recording())
+
+
+def test_wandb_is_refused_before_any_work_where_it_would_ask_for_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    record = Recording(trackers=(TrackerName.WANDB,))
+    wandb.teardown()  # it reads its environment once
+    with pytest.raises(ClusterError, match="does not know you"):
+        tracking.require(record)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracking.require(record)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()
+    tracking.require(record)
 
 
 def test_where_numbers_go_changes_no_study() -> None:
