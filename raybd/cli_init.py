@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from raybd.cli_echo import echo
-from raybd.errors import StudyError
+from raybd.errors import DataError, StudyError
 
 
 def init(
@@ -25,7 +25,8 @@ def init(
     """Write a commented study to start from, and say what is left to fill in."""
     from raybd import study_schema, study_template
 
-    known = study_template.Known(data=data, model=model, start=start, target_class=target_class)
+    pairs, uncounted = _counted(data)
+    known = study_template.Known(data=data, pairs=pairs, model=model, start=start, target_class=target_class)
     text = study_template.write(known, name=file.stem, schema=study_schema.path())
     try:
         with file.open("w" if force else "x", encoding="utf-8") as out:
@@ -37,7 +38,23 @@ def init(
     echo(f"{file}: written")
     for blank in study_template.blanks(text):
         echo(f"  to fill in, line {blank.line}: {blank.setting}: {blank.meaning}")
+    if uncounted:
+        echo(f"  training pairs were not counted: {uncounted}; clean.num_samples may be no more than there are")
     echo(f"then: raybd validate {shlex.quote(str(file))}")
+
+
+def _counted(data: str | None) -> tuple[int | None, str]:
+    """Return how many training pairs there are, or why that is not known: the data may not be here yet."""
+    from raybd import study_template
+    from raybd.data import counts
+
+    if data is None:
+        return None, ""
+    try:
+        found = counts.training_pairs(data, most=study_template.ENOUGH)
+    except DataError as error:
+        return None, error.what
+    return found, "a bucket is not read through for this" if found is None else ""
 
 
 def schema() -> None:

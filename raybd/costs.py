@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raybd.data.pairs import steps
 from raybd.model import create_on_meta, forward_flops, image_size, training_flops
-from raybd.study import CleanSettings, Method, TrainSettings
-from raybd.study.methods import users
+from raybd.study import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -79,33 +78,8 @@ def training_cost(model: str, settings: TrainSettings, *, pairs: int, workers: i
         workers: that share each batch.
     """
     cost = towers(model)
-    twice = cost.pair_forward if _in_micro_batches(settings, pairs=pairs, workers=workers) else 0.0
-    return settings.epochs * pairs * _views(settings) * (cost.pair_training + twice)
-
-
-def cleaning_cost(model: str, settings: CleanSettings, *, pairs: int) -> float:
-    """Return the operations of a cleaning trial on so many pairs, with what its method adds to finetuning."""
-    cost, views, method = towers(model), _views(settings), settings.method
-    epoch, once = views * cost.pair_training, 0.0
-    if method is Method.PAR:
-        epoch += cost.pair_forward  # the frozen model
-    elif method is Method.FT_SAM:
-        epoch *= 2
-    elif method is Method.ABD and views == 2:
-        epoch += cost.text_forward + settings.abd.steps * cost.image_attack
-    elif method is Method.IMAGE_TOWER:
-        epoch = views * (cost.image_training + cost.text_forward)
-    elif method is Method.BATCHNORM_REFRESH:
-        epoch = cost.pair_forward + cost.image_forward  # the loss, and the statistics
-    elif method is Method.DEEP_CLUSTERING:
-        epoch += cost.image_forward  # the embeddings that are clustered
-    elif method is Method.PSEUDO_LABELS and settings.pseudo_labels.model:
-        once = towers(settings.pseudo_labels.model).image_forward  # the other model's look at the images
-    elif method is Method.INTERPOLATION and cost.has_batchnorm:
-        once = len(settings.interpolation.alphas) * cost.image_forward
-    if method in users("micro_batch_size") and _in_micro_batches(settings, pairs=pairs):
-        epoch += views * cost.pair_forward
-    return pairs * (settings.epochs * epoch + once)
+    twice = cost.pair_forward if in_micro_batches(settings, pairs=pairs, workers=workers) else 0.0
+    return settings.epochs * pairs * views(settings) * (cost.pair_training + twice)
 
 
 def evaluation_cost(model: str, *, images: int, passes: int, prompts: int) -> float:
@@ -119,19 +93,12 @@ def evaluation_cost(model: str, *, images: int, passes: int, prompts: int) -> fl
     return images * passes * cost.image_forward + prompts * cost.text_forward
 
 
-def evaluations(settings: TrainSettings) -> int:
-    """Return how often a run is evaluated: before, after each epoch, and for each point without training."""
-    points = 0
-    if isinstance(settings, CleanSettings) and settings.method is Method.INTERPOLATION:
-        points = len(settings.interpolation.alphas)
-    return settings.epochs + 1 + points
-
-
-def _in_micro_batches(settings: TrainSettings, *, pairs: int, workers: int = 1) -> bool:
+def in_micro_batches(settings: TrainSettings, *, pairs: int, workers: int = 1) -> bool:
     """Say whether steps encode each pair once more, without a graph: where a worker's part exceeds a micro batch."""
     largest = -(-pairs // steps(pairs, settings.batch_size)) if pairs else 0
     return settings.micro_batch_size is not None and settings.micro_batch_size < -(-largest // workers)
 
 
-def _views(settings: TrainSettings) -> int:
+def views(settings: TrainSettings) -> int:
+    """Return how often a step encodes each pair: itself, and augmented where a loss looks at that."""
     return 2 if settings.loss_weights.views else 1

@@ -5,7 +5,6 @@ A search can be replayed against them, and sweeps of others come in as such.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -171,7 +170,7 @@ def _from_run(store: Store) -> list[Curve]:
         if row["state"] != State.COMPLETE or not trained:
             continue
         known = {name: row[column] for name, (column, _) in tables.SETTINGS.items()}
-        known |= {name: value for name, value in json.loads(row["params_json"] or "{}").items() if _beside(name, value)}
+        known |= {name: value for name, value in tables.searched(row).items() if _beside(name, value)}
         settings = {name: value for name, value in known.items() if value is not None}
         whose = {name: row[name] for name in _WHOSE}
         found.append(Curve(**whose, settings=settings, epochs=epochs[row["trial_id"]]))

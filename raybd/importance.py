@@ -96,11 +96,8 @@ def of_run(epochs: Sequence[Row], trials: Iterable[Row]) -> list[dict[str, Any]]
 
 def _settings(trial: Row) -> Mapping[str, Any]:
     """Return the searched settings of a trial; where nobody wrote down which they are, all that are known."""
-    try:
-        searched = json.loads(trial["params_json"] or "{}")
-    except ValueError:  # no JSON, or a number of too many digits
-        searched = {}
-    if not isinstance(searched, dict) or not searched:
+    searched = tables.searched(trial)
+    if not searched:
         known = {name: trial[column] for name, (column, _) in tables.SETTINGS.items()}
         searched = {name: value for name, value in known.items() if value is not None}
     return {"method": trial["method"], **searched}

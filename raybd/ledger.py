@@ -211,7 +211,7 @@ def reading(where: str) -> Iterator[None]:
     """Raise a DataError where records lack something, or have it of another kind, within a `with`."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"not the records of a run: {error!r}"[:500], where=where) from None
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from raybd import costs, provenance, stopping
 from raybd import space as search_space
+from raybd.clean import registry
 from raybd.cluster import bill, cluster_file
 from raybd.cluster.bill import Bill
 from raybd.cluster.cluster_file import Verdict
@@ -277,7 +278,7 @@ def _pretraining_run(study: Study, found: Sizes, objective: str) -> _Run:
 
 def _trial_run(study: Study, settings: CleanSettings) -> _Run:
     pairs = settings.num_samples
-    return settings, pairs, costs.cleaning_cost(study.model.name, settings, pairs=pairs)
+    return settings, pairs, registry.cost(study.model.name, settings, pairs=pairs)
 
 
 def _pretraining(study: Study, found: Sizes, objective: str, speed: Speed | None) -> Part:
@@ -303,7 +304,9 @@ def _part(stage: str, objective: str, runs: Sequence[_Run], study: Study, found:
         passes=1 + len(study.poison.attacks) + len(study.evaluation.controls),
         prompts=prompt_count(study, found),
     )
-    looks = [costs.evaluations(settings) for settings, _, _ in runs]
+    looks = [_looks(settings) for settings, _, _ in runs]
+    if stage == "clean":
+        looks[0] += 1  # the poisoned model, once for all trials
     epochs = sum(settings.epochs for settings, _, _ in runs)
     longest = epochs if stage == "pretrain" or study.search.sampler is Sampler.GRID else len(runs) * _longest(study)
     hours = None
@@ -327,6 +330,11 @@ def _part(stage: str, objective: str, runs: Sequence[_Run], study: Study, found:
         device_hours=hours,
         kinds=tuple(sorted({kind(settings) for settings, _, _ in runs if settings.epochs})),
     )
+
+
+def _looks(settings: TrainSettings) -> int:
+    """Return how often a run is evaluated; of trials without the poisoned model, which is looked at once for all."""
+    return registry.evaluations(settings) if isinstance(settings, CleanSettings) else settings.epochs + 1
 
 
 def _longest(study: Study) -> int:

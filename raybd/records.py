@@ -126,7 +126,9 @@ def trial_row(entry: Entry) -> Row:
     """Return the `trials` row of a trial, running or ended."""
     started, ended = entry.started, entry.ended or {}
     names = ("study", "study_hash", "trial_id", "number", "pretrain_id", "objective", "method", "seed")
-    settings = started["settings"]
+    settings, params = started["settings"], started["params"]
+    if not isinstance(params, dict):
+        raise TypeError(f"{params!r} are no searched settings")
     flat = dict(settings)
     for section, inner in settings.items():
         if isinstance(inner, dict):
@@ -134,7 +136,7 @@ def trial_row(entry: Entry) -> Row:
     return {
         **{name: started[name] for name in names},
         **{column: flat[name] for name, (column, _) in SETTINGS.items()},
-        "params_json": json.dumps(started["params"], sort_keys=True),
+        "params_json": json.dumps(params, sort_keys=True),
         "state": ended.get("state", State.RUNNING),
         "stop_reason": ended.get("stop_reason"),
         "error_type": ended.get("error_type"),

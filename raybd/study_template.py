@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from raybd import study_schema
 
 _WIDTH = 118
 _FILL = "TO FILL IN: "
+_CLEANING = 10_000  # pairs, where there are more than so many
+_SHARE = 0.95  # of the training pairs: the rest is left to the poison, and to images that cannot be decoded
+ENOUGH = math.ceil(_CLEANING / _SHARE)  # training pairs; it makes no difference how many more there are
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Known:
 
     Attributes:
         data: root of the shards.
+        pairs: that there are to train on, `ENOUGH` or more standing for any larger number.
         model: name of the model.
         start: a checkpoint that is suspected: it is cleaned as it is, and nothing is pretrained.
         target_class: of the attack.
     """
 
     data: str | None = None
+    pairs: int | None = None
     model: str | None = None
     start: str | None = None
     target_class: str | None = None
@@ -73,7 +79,8 @@ def write(known: Known, *, name: str, schema: Path) -> str:
         for key, value in settings:
             field = inner["properties"][key.lstrip("#: ")]
             told = study_schema.referred(field, schemas["definitions"]).get("description", "")
-            lines += _setting(key, value, field.get("description", told))
+            more = _why(known) if key == "num_samples" else ""
+            lines += _setting(key, value, field.get("description", told) + more)
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +118,8 @@ def _sections(known: Known, name: str) -> Iterator[tuple[str, Any]]:
         }
         batch = [("batch_size", 256), ("lr", 5e-4), ("warmup_steps", 1000)]
         yield "pretrain", [("epochs", 30), *batch, ("objectives", objectives)]
-    yield "clean", [("method", "cleanclip"), ("num_samples", 10_000), ("batch_size", 64), ("#: leaked_poison", 5)]
+    samples = ("num_samples", _num_samples(known))
+    yield "clean", [("method", "cleanclip"), samples, ("batch_size", 64), ("#: leaked_poison", 5)]
     space = {
         "lr": {"low": 1e-6, "high": 1e-3, "log": True},
         "loss_weights.ssl": {"choices": [0, 1, 4]},
@@ -119,6 +127,20 @@ def _sections(known: Known, name: str) -> Iterator[tuple[str, Any]]:
     }
     yield "search", [("num_trials", 20), ("sampler", "tpe"), ("space", space)]
     yield "resources", [("use_gpu", "auto"), ("#: concurrent_trials", 2), ("#: gpus_per_trial", 0.5)]
+
+
+def _num_samples(known: Known) -> int:
+    """Return how many cleaning pairs to begin with: no more than the data has."""
+    return _CLEANING if known.pairs is None else max(1, min(_CLEANING, int(_SHARE * known.pairs)))
+
+
+def _why(known: Known) -> str:
+    """Return why so many cleaning pairs, to follow what the setting means."""
+    if known.pairs is None:
+        return "; the data was not counted: no more than it has"
+    if known.pairs >= ENOUGH:
+        return "; the data has more"
+    return f"; {_SHARE:.0%} of the {known.pairs} that the data has, the rest is left to the poison"
 
 
 def _setting(key: str, value: Any, meaning: str) -> Iterator[str]:

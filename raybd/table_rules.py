@@ -66,8 +66,8 @@ def check(rows: pa.Table, *, table: str, where: str) -> None:
         texts = rows.column(name).unique()
         texts = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
         for text in _not_flat(texts).to_pylist():
-            if text is not None and not _is_object(text):
-                raise DataError(f"{name} is {text[:80]!r}", where=where, expected="a JSON object")
+            if text is not None:
+                json_object(text, name=name, where=where)
 
 
 def _not_flat(texts: pa.Array) -> pa.Array:
@@ -125,11 +125,21 @@ def _is_share(field: pa.Field) -> bool:
     return pa.types.is_floating(field.type) and (ending or field.name in ("leaked_share", "baseline_asr"))
 
 
-def _is_object(text: str) -> bool:
+def json_object(text: str, *, name: str, where: str) -> dict[str, Any]:
+    """Return what a text of a table holds as JSON.
+
+    Args:
+        name: of its column.
+
+    Errors: DataError where that is no JSON, no object, nested too deep, or has a number of too many digits.
+    """
     try:
-        return isinstance(json.loads(text), dict)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{name} is {text[:80]!r}", where=where, expected="a JSON object")
+    return found
 
 
 def _shown(value: pa.Scalar) -> str:

@@ -317,6 +317,16 @@ def read(store: Store, table: str, *, columns: Collection[str] | None = None, en
     return rows if encoded else rows.cast(schema)
 
 
+def searched(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the searched settings of a row of `trials`, by dotted name; none where nobody wrote down which they are.
+
+    Errors: DataError where a row that this reader has not checked has something else there.
+    """
+    return table_rules.json_object(
+        trial["params_json"] or "{}", name="params_json", where=f"trial {trial.get('trial_id')}"
+    )
+
+
 def _part(content: bytes | memoryview, schema: pa.Schema, where: str) -> pa.Table:
     """Return a part of a table, texts as dictionaries. Errors: DataError."""
     part = parquet.read(content, where=where, columns=schema.names, encoded=True)

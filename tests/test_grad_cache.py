@@ -10,8 +10,8 @@ import torch
 from micro_batches import RESNET, VIT, WEIGHTS, batch, run_of, stepped
 from torch import Tensor, nn
 
+from raybd.clean import registry
 from raybd.clean.batchnorm import FrozenBatchNorm
-from raybd.clean.registry import METHODS
 from raybd.data.pairs import Batch
 from raybd.errors import NonFiniteError
 from raybd.study import CleanSettings, Method, Study
@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
 
 @pytest.mark.parametrize("method", Method)
 def test_methods_that_heed_micro_batches_are_those_that_a_study_may_give_them_to(method: Method) -> None:
-    recipe = METHODS[method](CleanSettings(method=method), 1)
+    recipe = registry.recipe(CleanSettings(method=method), seed=1)
     assert recipe.in_parts == (method in users("micro_batch_size"))
 
 

@@ -17,7 +17,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from raybd import fronts, importance, tables
-from raybd.report import figures, html, text
+from raybd.errors import DataError
+from raybd.report import figures, html, text, words
 from raybd.store import Store
 from tests.browser import CHROMIUM, QUIET
 
@@ -209,6 +210,28 @@ def test_settings_of_any_name_and_size_are_judged(tmp_path: Path) -> None:
     store.put("study.json", b'{"study": {"name": "hostile"}}')
     assert [entry["setting"] for entry in importance.of_run(epochs, trials)] == ["\ud800"]
     assert "\\ud800 0" in Texts(html.build(store).decode()).text
+
+
+@pytest.mark.parametrize("params", ["[1]", '"lr"', "1", "null", "{", "[" * 100_000, '{"lr": ' + "9" * 5000 + "}"])
+def test_searched_settings_that_are_no_object_are_refused_by_trial(params: str) -> None:
+    """Of rows that no reader of tables has checked: those of a run directory are refused before."""
+    same = {"objective": "o", "pretrain_id": "p", "method": "m"}
+    trials = [row("trials", **same, trial_id=f"t{number}", params_json=params) for number in range(8)]
+    epochs = [row("epochs", **same, trial_id=f"t{n}", split="all", epoch=1, **rates(0.7, 0.9)) for n in range(8)]
+    for use in (words.other_params, words.settings, lambda trial: importance.of_run(epochs, [trial, *trials[1:]])):
+        with pytest.raises(DataError, match="params_json is") as caught:
+            use(trials[0])
+        assert (caught.value.where, caught.value.expected) == ("trial t0", "a JSON object")
+
+
+@pytest.mark.parametrize("skipped", [b"[1]", b"{", b'[{"reason": 1}]', b"[" * 100_000])
+def test_a_list_of_skipped_samples_that_is_none_is_refused_by_name(skipped: bytes, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.put("study.json", b'{"study": {"name": "hostile"}}')
+    store.put("skipped.json", skipped)
+    with pytest.raises(DataError, match="not the records of a run") as caught:
+        html.build(store)
+    assert caught.value.where.endswith("skipped.json")
 
 
 def test_other_scripts_and_requests_are_forbidden_by_the_page_itself(made: tuple[Store, list[str], str]) -> None:

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from raybd import study_file, study_schema, study_template
 from raybd.cli import app
+from raybd.data import counts
 from raybd.errors import StudyError
 from raybd.study import Study
 from raybd.study_template import Blank, Known
+from raybd.train.inputs import Inputs
 
 runner = CliRunner()
 
@@ -76,6 +78,49 @@ def test_with_options_nothing_is_left(tmp_path: Path, start: list[str]) -> None:
         if other := {"num_poisoned": "poison_rate", "pretrained": "start"}.get(setting):  # one of the two
             chosen = re.sub(rf"^  {other}: .*\n", "", chosen, flags=re.MULTILINE)
         assert isinstance(study_file.parse(chosen, source="chosen"), Study)
+
+
+def shard_folder(root: Path, *, manifest: bool) -> Path:
+    """Return a folder with the embedded test shard as its only one, to train on too."""
+    embedded = study_file.embedded("emoji-32")
+    assert embedded
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+        (root / split / "a.tar.gz").symlink_to(embedded / "test/test-000000.tar.gz")
+    (root / "classes.json").symlink_to(embedded / "classes.json")
+    if manifest:
+        told = {"splits": {"train": [{"samples": 700}, {"samples": 300}]}}
+        (root / "manifest.json").write_text(json.dumps(told))
+    return root
+
+
+@pytest.mark.parametrize(("manifest", "pairs"), [(True, 1000), (False, 1054)])
+def test_cleaning_pairs_are_as_many_as_the_data_has(tmp_path: Path, pairs: int, *, manifest: bool) -> None:
+    """Of the manifest, or counted; then a study whose cleaning sets can be drawn."""
+    root, file = shard_folder(tmp_path / "shards", manifest=manifest), tmp_path / "mine.yaml"
+    options = ["--data", str(root), "--model", "resnet-tiny-32", "--target-class", "fruit"]
+    assert runner.invoke(app, ["init", str(file), *options]).exit_code == 0
+    text, study = file.read_text(encoding="utf-8"), study_file.load(str(file), overrides=["poison.trigger.size=8"])
+    assert study.clean.num_samples == int(0.95 * pairs)
+    assert f"95% of the {pairs} that the data has" in " ".join(text.replace("#", "").split())
+    if not manifest:
+        Inputs(study).check()
+
+
+def test_where_the_data_is_not_here_init_says_so(tmp_path: Path) -> None:
+    for data, why in ((str(tmp_path / "none"), "no such shard"), ("s3://bucket/shards", "a bucket is not read")):
+        done = runner.invoke(app, ["init", str(tmp_path / "mine.yaml"), "--data", data, "--force"])
+        assert done.exit_code == 0
+        assert f"training pairs were not counted: {why}" in done.stdout
+        text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+        assert "no more than it has\n  num_samples: 10000\n" in text
+
+
+@pytest.mark.parametrize("told", ["{", "[]", '{"splits": {"train": [{"samples": -1}]}}', '{"splits": {"train": 1}}'])
+def test_a_manifest_that_tells_nothing_is_none(tmp_path: Path, told: str) -> None:
+    root = shard_folder(tmp_path / "shards", manifest=False)
+    (root / "manifest.json").write_text(told)
+    assert counts.training_pairs(str(root), most=20) == 20
 
 
 def test_the_plan_of_what_it_writes(tmp_path: Path) -> None:

@@ -22,15 +22,16 @@ from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.model import Clip, create, load_weights
 from raybd.records import epoch_rows, trial_row
 from raybd.store import Store
-from raybd.study import FIXED_WEIGHTS, CleanSettings, Method, Study, searchable
+from raybd.study import TRAITS, CleanSettings, Method, Study, searchable
 from raybd.study.methods import users
 from raybd.train.context import LedgerContext
 from raybd.train.inputs import inputs_for
 from raybd.train.loop import Training
 from raybd.train.pretraining import done, pretrain, weights_name
 from raybd.train.pretraining import start_record as pretrain_record
+from raybd.train.recipe import Recipe
 
-METHODS = sorted(registry.METHODS)
+METHODS = sorted(Method)
 EPOCHS, PAIRS, BATCH, LR = 2, 48, 16, 4e-3
 # What the settings of a method must be on so few images; methods that are not here take their defaults.
 SMALL: dict[str, dict[str, Any]] = {
@@ -163,8 +164,12 @@ def rows_of(entry: Entry) -> list[dict[str, Any]]:
 # The suite that every method passes.
 
 
-def test_every_method_is_registered() -> None:
-    assert set(registry.METHODS) == set(Method)
+def test_every_method_has_a_recipe_of_its_name() -> None:
+    assert set(TRAITS) == set(Method)
+    for method, traits in TRAITS.items():
+        found = registry.recipe_class(method)
+        assert issubclass(found, Recipe)
+        assert traits.recipe == f"{found.__module__.removeprefix('raybd.clean.')}.{found.__name__}"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -208,7 +213,7 @@ def test_a_trial_records_every_epoch_and_changes_the_weights(
     assert set(row) == set(tables.SCHEMAS["trials"].names)
     assert row["weight_decay_in_force"] == (None if only_statistics else 0.3)
     assert row["epochs_done"] == EPOCHS
-    in_force = FIXED_WEIGHTS.get(method, {"mmcl": 1.0, "ssl": 1.0})
+    in_force = TRAITS[method].loss_weights or {"mmcl": 1.0, "ssl": 1.0}
     assert (row["loss_weights.mmcl"], row["loss_weights.ssl"]) == (in_force["mmcl"], in_force["ssl"])
     assert store.names("state") == store.names("progress") == []
 
@@ -326,7 +331,7 @@ def test_one_search_draws_the_method_and_what_belongs_to_it(folder: Path) -> Non
         assert ("loss_weights.ssl" in params) == (params["method"] in ("cleanclip", "image_tower"))
         record = raybd.clean.trial.start_record(study, raybd.clean.trial.Assignment(**task))
         assert record["method"] == params["method"]
-        fixed = FIXED_WEIGHTS.get(Method(params["method"]))
+        fixed = TRAITS[Method(params["method"])].loss_weights
         weights = record["settings"]["loss_weights"]
         assert fixed is None or weights == {**dict.fromkeys(weights, 0.0), **fixed}
     again = Driver(study, list(driver.ledger.values())[:30], ids={"mmcl": PRETRAINED})

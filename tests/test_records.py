@@ -452,6 +452,16 @@ def test_settings_of_methods_are_columns(store: Store) -> None:
     assert (row["par.threshold"], row["abd.steps"], row["shrink_perturb.shrink"]) == (1.5, 7, 0.95)
 
 
+@pytest.mark.parametrize("params", [[1], "lr", None, 3])
+def test_searched_settings_of_another_kind_are_no_records_of_a_run(store: Store, params: object) -> None:
+    book, settings = Ledger(store), CleanSettings().model_dump(mode="json")
+    same = dict.fromkeys(("study", "study_hash", "pretrain_id", "objective", "method"), "x")
+    started = {**same, "number": 0, "seed": 1, "settings": settings, "started": "2025-01-02T03:04:05+00:00"}
+    book.start(Kind.TRIAL, "t", {**started, "trial_id": "t", "params": params})
+    with pytest.raises(DataError, match="are no searched settings"):
+        records.trial_row(book.entry(Kind.TRIAL, "t"))
+
+
 def test_rows_of_a_trial_running_and_ended(store: Store) -> None:
     book = Ledger(store)
     settings = CleanSettings(lr=3e-4, epochs=2, loss_weights=LossWeights(mmcl=1, ssl=4))

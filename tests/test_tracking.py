@@ -6,13 +6,15 @@ Those that are not installed are skipped.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import shutil
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,23 @@ from raybd.tracking.marks import Marks
 from raybd.tracking.tensorboard import TensorBoard
 
 STUDY = Study.model_validate({"name": "made", "poison": {"num_poisoned": 1}})
-# Of a series: settings, and by step what was measured.
-Found = dict[str, tuple[dict[str, Any], dict[int, dict[str, float]]]]
+
+
+@dataclass
+class Told:
+    """What a tracker has of a series.
+
+    Attributes:
+        steps: by step what was measured; each step is there once, or reading fails.
+        failed: of a run that ended; None of one that goes on, and where a tracker does not say.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    failed: bool | None = None
+
+
+Found = dict[str, Told]
 
 
 def read_tensorboard(folder: Path) -> Found:
@@ -39,7 +56,7 @@ def read_tensorboard(folder: Path) -> Found:
 
     found: Found = {}
     for path in sorted(folder.rglob("*tfevents*")):
-        settings, steps = found.setdefault(str(path.parent.relative_to(folder)), ({}, {}))
+        told = found.setdefault(str(path.parent.relative_to(folder)), Told())
         content, events = path.read_bytes(), []
         while content:
             length, crc = struct.unpack("<QI", content[:12])
@@ -50,11 +67,14 @@ def read_tensorboard(folder: Path) -> Found:
         for event in events[1:]:
             for value in event.summary.value:
                 if value.tag == "_hparams_/session_start_info":
-                    told = HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                    pairs = told.session_start_info.hparams.items()
-                    settings |= {k: v.string_value if v.HasField("string_value") else v.number_value for k, v in pairs}
+                    hparams = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                    pairs = hparams.session_start_info.hparams.items()
+                    given = {k: v.string_value if v.HasField("string_value") else v.number_value for k, v in pairs}
+                    told.settings |= given
                 elif not value.tag.startswith("_hparams_/"):
-                    steps.setdefault(event.step, {})[value.tag] = round(value.simple_value, 6)
+                    step = told.steps.setdefault(event.step, {})
+                    assert value.tag not in step
+                    step[value.tag] = round(value.simple_value, 6)
     return found
 
 
@@ -64,38 +84,61 @@ def read_mlflow(folder: Path) -> Found:
     client, found = MlflowClient(), Found()
     (experiment,) = [each for each in client.search_experiments() if each.name == "made"]
     for run in client.search_runs([experiment.experiment_id]):
-        steps: dict[int, dict[str, float]] = {}
+        failed = {"FINISHED": False, "FAILED": True, "RUNNING": None}[run.info.status]
+        told = Told(dict(run.data.params), failed=failed)
         for name in run.data.metrics:
             for metric in client.get_metric_history(run.info.run_id, name):
-                steps.setdefault(metric.step, {})[name] = metric.value
+                step = told.steps.setdefault(metric.step, {})
+                assert name not in step
+                step[name] = metric.value
         assert run.info.run_name not in found
-        found[run.info.run_name] = (run.data.params, steps)
+        found[run.info.run_name] = told
     return found
 
 
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """Yield the records of W&B's offline file: after its header a log as doc/log_format.md of LevelDB tells it."""
+    block, head, full, last = 32768, 7, 1, 4
+    assert content.startswith(b":W&B")
+    at, held = head, b""
+    while at < len(content):
+        if (left := block - at % block) < head:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        held += content[at + head : at + head + length]
+        at += head + length
+        if kind in (full, last):
+            yield held
+            held = b""
+    assert not held
+
+
 def read_wandb(folder: Path) -> Found:
-    import json
-
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
+    wandb.teardown()  # waits until all is written, as the end of a process does
     found: Found = {}
-    for path in sorted(folder.rglob("*.wandb")):
-        file, name, settings, steps = DataStore(), "", dict[str, Any](), dict[int, dict[str, float]]()
-        file.open_for_scan(str(path))
-        while (data := file.scan_data()) is not None:
+    for path in sorted(folder.rglob("*.wandb")):  # by time: a call after another has a file of its own
+        told, name = Told(), ""
+        for data in wandb_records(path.read_bytes()):
             record = Record.FromString(data)
             kind = record.WhichOneof("record_type")
-            if kind == "run":
+            if kind == "run" and record.run.display_name:
                 name = f"{record.run.job_type}/{record.run.display_name}"
-                settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                told.settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "history":
                 items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
                 step = int(items["_step"])
-                steps.setdefault(step, {}).update({k: v for k, v in items.items() if not k.startswith("_")})
-        known = found.setdefault(name, ({}, {}))
-        known[0].update({k: v for k, v in settings.items() if k in ("lr", "method")})
-        known[1].update(steps)
+                assert step not in told.steps
+                told.steps[step] = {key: value for key, value in items.items() if not key.startswith("_")}
+            elif kind == "exit":
+                told.failed = bool(record.exit.exit_code)
+        before = found.setdefault(name, Told())
+        assert not before.steps.keys() & told.steps.keys()
+        own = {key: value for key, value in told.settings.items() if key in ("lr", "method")}
+        found[name] = Told(before.settings | own, before.steps | told.steps, told.failed)
     return found
 
 
@@ -114,6 +157,8 @@ def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    if name == "wandb":
+        importlib.import_module(name).teardown()  # it reads its environment once
     return name
 
 
@@ -143,10 +188,50 @@ def test_every_tracker_takes_series_once_whoever_gives_them(tracker: str, tmp_pa
         opened.close()
     found = READERS[tracker](tmp_path / "run/tensorboard" if own else tmp_path)
     assert set(found) == {"search/mmcl", "trials/mmcl-0001"}
-    settings, steps = found["trials/mmcl-0001"]
-    assert {name: str(value) for name, value in settings.items()} == {"lr": "0.25", "method": "cleanclip"}
-    assert steps == {n: {"loss": 0.5, "asr_top1/search": 1 - n / 4} for n in range(3)}
-    assert found["search/mmcl"][1] == {n: {"hypervolume": n / 4} for n in (1, 2, 3)}
+    told = found["trials/mmcl-0001"]
+    assert {name: str(value) for name, value in told.settings.items()} == {"lr": "0.25", "method": "cleanclip"}
+    assert told.steps == {n: {"loss": 0.5, "asr_top1/search": 1 - n / 4} for n in range(3)}
+    assert found["search/mmcl"].steps == {n: {"hypervolume": n / 4} for n in (1, 2, 3)}
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_calls_that_go_on_add_what_lacks_and_double_nothing(tracker: str, tmp_path: Path) -> None:
+    """Of a run that was killed twice: a pretraining under way and two trials, then its end and a third trial."""
+    store, own = Store(str(tmp_path / "run")), tracker == "tensorboard"
+    record = Recording(tensorboard=own, trackers=() if own else (TrackerName(tracker),))
+    study, ledger = STUDY.model_copy(update={"record": record}), Ledger(store)
+
+    def call() -> None:
+        given = Tracking(store, tracking.open_trackers(store, study))
+        given.catch_up()
+        given.close()
+
+    def ended(name: str, epochs: int, state: State) -> None:
+        ledger.start(Kind.TRIAL, name, started(name))
+        for number in range(epochs):
+            ledger.epoch(Kind.TRIAL, name, number, epoch(number))
+        ledger.end(Kind.TRIAL, name, {"state": state})
+
+    ledger.start(Kind.PRETRAIN, "p", started("p"))
+    for number in range(2):
+        ledger.epoch(Kind.PRETRAIN, "p", number, epoch(number) | {"poisoned_seen": 0})
+    ended("t0", 3, State.COMPLETE)
+    ended("t1", 2, State.FAILED)
+    call()
+    ledger.epoch(Kind.PRETRAIN, "p", 2, epoch(2) | {"poisoned_seen": 0})
+    ledger.end(Kind.PRETRAIN, "p", {"state": State.COMPLETE})
+    ended("t2", 2, State.COMPLETE)
+    for _ in range(2):
+        call()
+    found = READERS[tracker](tmp_path / "run/tensorboard" if own else tmp_path)
+    steps = {"pretrain/mmcl": 3, "trials/t0": 3, "trials/t1": 2, "trials/t2": 2}
+    assert {name: len(told.steps) for name, told in found.items()} == steps
+    assert found["pretrain/mmcl"].steps[2]["asr_top1"] == pytest.approx(0.84)
+    assert found["trials/t1"].steps[1]["asr_top1/search"] == pytest.approx(0.89)
+    assert found["trials/t0"].steps[0]["loss"] == 0.5
+    if not own:
+        assert {name: told.failed for name, told in found.items()} == {**dict.fromkeys(steps, False), "trials/t1": True}
+    assert str(found["trials/t2"].settings["lr"]) == "0.1"
 
 
 def half(clean: int, hit: int) -> dict[str, int]:
@@ -327,6 +412,27 @@ def test_a_tracker_that_is_not_there_is_refused_before_any_work(monkeypatch: pyt
         tracking.require(Recording(trackers=(TrackerName.MLFLOW,)))
     assert "raybd[mlflow]" in caught.value.fix
     tracking.require(Recording())
+
+
+def test_wandb_is_refused_before_any_work_where_it_would_ask_for_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    record = Recording(trackers=(TrackerName.WANDB,))
+    wandb.teardown()  # it reads its environment once
+    with pytest.raises(ClusterError, match="does not know you"):
+        tracking.require(record)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracking.require(record)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()
+    tracking.require(record)
 
 
 def test_where_numbers_go_changes_no_study() -> None:

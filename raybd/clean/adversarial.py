@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from raybd.clean.draws import uniform
+from raybd.costs import Towers
 from raybd.data.pairs import Batch
 from raybd.objectives import Loss, mmcl
 from raybd.seeding import fork
+from raybd.study import CleanSettings
 from raybd.study.methods import Abd
 from raybd.train.loop import Training
 from raybd.train.recipe import Recipe
@@ -80,6 +83,16 @@ class AdversarialViews(Recipe):
     in_parts = False
     settings: Abd
     seed: int
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.abd, seed)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Add the adversary's steps, which need the captions' embeddings, where a loss looks at views."""
+        attack = cost.text_forward + self.settings.steps * cost.image_attack if views == 2 else 0.0
+        return views * cost.pair_training + attack, 0.0
 
     def loss(self, run: Training, batch: Batch) -> Loss:
         """Return CleanCLIP's loss with adversarial image views."""

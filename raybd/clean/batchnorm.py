@@ -11,9 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from raybd.costs import Towers
 from raybd.data.pairs import Batch
 from raybd.errors import StudyError
+from raybd.model import create_on_meta
 from raybd.objectives import Loss
+from raybd.study import Study
 from raybd.train.loop import Training
 from raybd.train.recipe import Recipe
 
@@ -83,6 +86,14 @@ class BatchNormRefresh(Recipe):
     optimizes = False
     in_parts = False
 
+    def check(self, study: Study) -> None:
+        """Refuse a model without BatchNorm. Errors: StudyError."""
+        require_layers(create_on_meta(study.model.name).visual, method="batchnorm_refresh", model=study.model.name)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Count the loss, forward only, and the statistics."""
+        return cost.pair_forward + cost.image_forward, 0.0
+
     def attach(self, run: Training) -> None:
         """Refuse a model without BatchNorm. Errors: StudyError."""
         require_layers(run.clip.net.visual, method="batchnorm_refresh", model=run.clip.name)
@@ -105,6 +116,10 @@ class BatchNormRefresh(Recipe):
 
 class FrozenBatchNorm(Recipe):
     """CleanCLIP with BatchNorm's statistics held as they came; its gains and biases are trained like the rest."""
+
+    def check(self, study: Study) -> None:
+        """Refuse a model without BatchNorm. Errors: StudyError."""
+        require_layers(create_on_meta(study.model.name).visual, method="frozen_batchnorm", model=study.model.name)
 
     def attach(self, run: Training) -> None:
         """Refuse a model without BatchNorm. Errors: StudyError."""

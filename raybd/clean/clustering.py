@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Self
 
 import open_clip
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from raybd import model
 from raybd.clean.kmeans import spherical_kmeans
+from raybd.costs import Towers, towers
 from raybd.data.pairs import Batch
 from raybd.errors import StudyError
 from raybd.evaluate import class_embeddings, evaluating
 from raybd.objectives import Loss
 from raybd.seeding import fork
+from raybd.study import CleanSettings, Study
 from raybd.study.methods import DeepClustering, PseudoLabels
 from raybd.train.loop import Training, make_optimizer
 from raybd.train.recipe import Recipe
@@ -105,6 +108,15 @@ class Clustered(LabelledImages):
         super().__init__(weight=settings.weight, seed=seed)
         self._settings = settings
 
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.deep_clustering, seed=seed)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Add the embeddings that are clustered."""
+        return views * cost.pair_training + cost.image_forward, 0.0
+
     def attach(self, run: Training) -> None:
         """Refuse more clusters than images. Errors: StudyError."""
         check_clusters(self._settings.clusters, len(run.pairs))
@@ -129,6 +141,24 @@ class PseudoLabelled(LabelledImages):
     def __init__(self, settings: PseudoLabels, *, seed: int) -> None:
         super().__init__(weight=settings.weight, seed=seed)
         self._settings = settings
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.pseudo_labels, seed=seed)
+
+    def check(self, study: Study) -> None:
+        """Get the other model, where the study names it: one that the search draws is checked by its trials.
+
+        Errors: StudyError, CheckpointError.
+        """
+        if self._settings.model and self._settings.checkpoint:
+            labeller(self._settings)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Add the other model's look at the images."""
+        name = self._settings.model
+        return views * cost.pair_training, towers(name).image_forward if name else 0.0
 
     def attach(self, run: Training) -> None:
         """Label the cleaning images. Errors: StudyError, CheckpointError."""

@@ -9,14 +9,17 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from raybd.clean.draws import normal, uniform
+from raybd.costs import Towers
 from raybd.data.pairs import Batch
 from raybd.objectives import Loss, mmcl
 from raybd.seeding import fork
+from raybd.study import CleanSettings
 from raybd.study.methods import Par
 from raybd.train.loop import Training
 from raybd.train.recipe import Recipe
@@ -108,6 +111,15 @@ class PerturbAndRecover(Recipe):
     in_parts = False
     settings: Par
     seed: int
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.par, seed)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Add the frozen model's forward pass."""
+        return views * cost.pair_training + cost.pair_forward, 0.0
 
     def attach(self, run: Training) -> None:
         """Copy the poisoned model."""

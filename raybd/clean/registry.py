@@ -1,56 +1,48 @@
-"""Which recipe carries a cleaning method out."""
+"""Which recipe carries a cleaning method out, and what a trial with it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 
-from raybd.clean.adversarial import AdversarialViews
-from raybd.clean.batchnorm import BatchNormRefresh, FrozenBatchNorm, require_layers
-from raybd.clean.cleanclip import CleanClip
-from raybd.clean.clustering import Clustered, PseudoLabelled, labeller
-from raybd.clean.par import PerturbAndRecover
-from raybd.clean.sam import SharpnessAware
-from raybd.clean.weights import ImageTower, Interpolation, ShrinkAndPerturb
-from raybd.model import create
-from raybd.study import CleanSettings, Method, Study
+from raybd import costs
+from raybd.study import TRAITS, CleanSettings, Method, Study
 from raybd.study.agreement import methods
 from raybd.train.recipe import Recipe
 
-# Given a trial's settings and seed.
-METHODS: dict[Method, Callable[[CleanSettings, int], Recipe]] = {
-    Method.CLEANCLIP: lambda settings, seed: CleanClip(),
-    Method.MMCL: lambda settings, seed: CleanClip(),
-    Method.SSL: lambda settings, seed: CleanClip(),
-    Method.SHRINK_PERTURB: lambda settings, seed: ShrinkAndPerturb(settings.shrink_perturb, seed=seed),
-    Method.INTERPOLATION: lambda settings, seed: Interpolation(settings.interpolation.alphas),
-    Method.BATCHNORM_REFRESH: lambda settings, seed: BatchNormRefresh(),
-    Method.FROZEN_BATCHNORM: lambda settings, seed: FrozenBatchNorm(),
-    Method.IMAGE_TOWER: lambda settings, seed: ImageTower(),
-    Method.DEEP_CLUSTERING: lambda settings, seed: Clustered(settings.deep_clustering, seed=seed),
-    Method.PSEUDO_LABELS: lambda settings, seed: PseudoLabelled(settings.pseudo_labels, seed=seed),
-    Method.PAR: lambda settings, seed: PerturbAndRecover(settings.par, seed),
-    Method.FT_SAM: lambda settings, seed: SharpnessAware(settings.ft_sam),
-    Method.ABD: lambda settings, seed: AdversarialViews(settings.abd, seed),
-}
+
+def recipe_class(method: Method) -> type[Recipe]:
+    """Return the class that the method's traits name."""
+    module, _, name = TRAITS[method].recipe.partition(".")
+    found: type[Recipe] = getattr(importlib.import_module(f"raybd.clean.{module}"), name)
+    return found
 
 
 def recipe(settings: CleanSettings, *, seed: int) -> Recipe:
     """Return the recipe of a trial's method."""
-    return METHODS[settings.method](settings, seed)
+    return recipe_class(settings.method).of(settings, seed=seed)
 
 
 def check(study: Study) -> None:
-    """Refuse methods that cannot be carried out, before any work: by what the model is, or what another lacks.
+    """Refuse methods that cannot be carried out, before any work; see `Recipe.check`.
 
     Errors: StudyError, CheckpointError.
     """
-    possible = methods(study.clean, study.search.space)
-    needing = possible & {Method.BATCHNORM_REFRESH, Method.FROZEN_BATCHNORM}
-    if needing:
-        net = create(study.model.name, seed=0).net
-        for method in sorted(needing):
-            require_layers(net.visual, method=method, model=study.model.name)
-    given = study.clean.pseudo_labels
-    # One that the search draws is checked by its trials.
-    if Method.PSEUDO_LABELS in possible and given.model and given.checkpoint:
-        labeller(given)
+    for method in sorted(methods(study.clean, study.search.space)):
+        recipe_class(method).of(study.clean, seed=0).check(study)
+
+
+def cost(model: str, settings: CleanSettings, *, pairs: int) -> float:
+    """Return the operations of a cleaning trial on so many pairs, its evaluations left out."""
+    towers, views, found = costs.towers(model), costs.views(settings), recipe(settings, seed=0)
+    epoch, once = found.operations(towers, views=views)
+    if found.in_parts and costs.in_micro_batches(settings, pairs=pairs):
+        epoch += views * towers.pair_forward
+    return pairs * (settings.epochs * epoch + once)
+
+
+def evaluations(settings: CleanSettings) -> int:
+    """Return how often a trial is evaluated: after each epoch, and at each point without training.
+
+    The poisoned model itself is evaluated once by each process, whatever the number of its trials.
+    """
+    return settings.epochs + len(recipe(settings, seed=0).alphas)

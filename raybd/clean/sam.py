@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from raybd.costs import Towers
 from raybd.data.pairs import Batch
 from raybd.objectives import Loss
+from raybd.study import CleanSettings
 from raybd.study.methods import FtSam
 from raybd.train.grad_cache import untracked
 from raybd.train.loop import Training
@@ -52,6 +55,15 @@ class SharpnessAware(Recipe):
 
     in_parts = False
     settings: FtSam
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.ft_sam)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Count two passes for each step."""
+        return 2 * views * cost.pair_training, 0.0
 
     def step(self, run: Training, batch: Batch) -> Loss:
         """Take the gradient at w + ρ g w² / ‖|w| g‖ and step from w."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from raybd.clean import batchnorm
+from raybd.costs import Towers
 from raybd.model import create
+from raybd.study import CleanSettings
 from raybd.study.methods import ShrinkPerturb
 from raybd.train.loop import Training
 from raybd.train.recipe import Recipe
@@ -32,6 +35,11 @@ class ShrinkAndPerturb(Recipe):
 
     def __init__(self, settings: ShrinkPerturb, *, seed: int) -> None:
         self._settings, self._seed = settings, seed
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.shrink_perturb, seed=seed)
 
     def start(self, run: Training) -> None:
         """Move the weights."""
@@ -57,6 +65,15 @@ class Interpolation(Recipe):
     def __init__(self, alphas: tuple[float, ...]) -> None:
         self.alphas = alphas
         self._poisoned: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial."""
+        return cls(settings.interpolation.alphas)
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Add BatchNorm's statistics of each point."""
+        return views * cost.pair_training, len(self.alphas) * cost.image_forward if cost.has_batchnorm else 0.0
 
     def attach(self, run: Training) -> None:
         """Copy the weights as they came."""
@@ -84,6 +101,10 @@ class ImageTower(Recipe):
 
     def __init__(self) -> None:
         self._frozen: list[nn.Parameter] = []
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Count the text tower forward only."""
+        return views * (cost.image_training + cost.text_forward), 0.0
 
     def attach(self, run: Training) -> None:
         """Take the gradient from every parameter outside the image tower."""

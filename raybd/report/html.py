@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from raybd import analysis, examples, importance, run_record, tables
 from raybd import fronts as front_maths
 from raybd.fronts import ALL_METHODS
+from raybd.ledger import reading
 from raybd.metrics import ALIKE, STRONG
 from raybd.plain import plain
 from raybd.records import trigger_text
@@ -297,7 +298,7 @@ def _front(
         trial = trials.get(trial_id)
         halves = {split: measured[trial_id, epoch, split] for split in front.splits}
         settings = words.settings(trial)
-        if front.method == ALL_METHODS and trial and "method" not in json.loads(trial["params_json"] or "{}"):
+        if front.method == ALL_METHODS and trial and "method" not in tables.searched(trial):
             settings = f"{trial['method']}, {settings}"
         return {
             "place": numbers.get(trial_id) if epoch else None,
@@ -377,7 +378,8 @@ def _skipped(found: Mapping[str, list[Row]], store: Store) -> list[dict[str, Any
     """Return how many samples could not be used: those found beforehand by reason, then the most in any one epoch."""
     rows: list[dict[str, Any]] = []
     if store.exists("skipped.json"):
-        reasons = Counter(skip["reason"].partition(":")[0] for skip in json.loads(store.get("skipped.json")))
+        with reading(store.path("skipped.json")):
+            reasons = Counter(skip["reason"].partition(":")[0] for skip in json.loads(store.get("skipped.json")))
         rows += [{"stage": f"reading shards: {reason}", "broken": count} for reason, count in reasons.most_common()]
     for name, run in words.objective_names(found["pretrain_epochs"]).items():
         broken = [r["broken"] or 0 for r in found["pretrain_epochs"] if (r["objective"], r["pretrain_id"]) == name]

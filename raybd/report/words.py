@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from raybd import tables
 from raybd.fronts import ALL_METHODS, HALVES, WHOLE, objective_names
 from raybd.metrics import wilson
 from raybd.plain import plain
@@ -88,11 +88,8 @@ def weights(trial: Row | None) -> str:
 
 def other_params(trial: Row) -> str:
     """Return the searched settings of a trial that have no column of their own in a table of points."""
-    try:
-        params = json.loads(trial["params_json"] or "{}")
-    except ValueError:  # no JSON, or a number of too many digits
-        return ""
-    return ", ".join(f"{name} {number(value)}" for name, value in sorted(params.items()) if name not in _SHOWN)
+    params = sorted(tables.searched(trial).items())
+    return ", ".join(f"{name} {number(value)}" for name, value in params if name not in _SHOWN)
 
 
 def settings(trial: Row | None) -> str:

@@ -17,7 +17,7 @@ from raybd.study.base import Section, plain_name
 from raybd.study.cleaning import Clean, CleanSettings, searchable
 from raybd.study.data import Data, Model, Resources
 from raybd.study.evaluation import Evaluation
-from raybd.study.methods import FIXED_WEIGHTS, Method
+from raybd.study.methods import TRAITS, Method
 from raybd.study.poison import (
     AttackSettings,
     BadNet,
@@ -49,8 +49,8 @@ from raybd.study.training import (
 )
 
 __all__ = [
-    "FIXED_WEIGHTS",
     "FREE_SETTINGS",
+    "TRAITS",
     "AttackSettings",
     "BadNet",
     "BadNetStripes",

@@ -8,10 +8,7 @@ from operator import attrgetter
 
 from raybd.space import Range, Value
 from raybd.study.cleaning import Clean, CleanSettings
-from raybd.study.methods import OF_STEPS, Method, users
-
-# Methods that act on the image tower, which a loss of captions alone leaves as it is.
-_LEARN_IMAGES = frozenset({Method.IMAGE_TOWER, Method.DEEP_CLUSTERING, Method.PSEUDO_LABELS})
+from raybd.study.methods import OF_STEPS, TRAITS, Method, users
 
 
 def methods(clean: Clean, space: Mapping[str, Range]) -> frozenset[Method]:
@@ -90,7 +87,7 @@ def cleaning_sets(clean: Clean, space: Mapping[str, Range]) -> list[CleanSetting
 
 def _unmet(clean: Clean, space: Mapping[str, Range]) -> Iterator[Fault]:
     possible = methods(clean, space)
-    blind = possible & _LEARN_IMAGES
+    blind = frozenset(method for method in possible if TRAITS[method].learns_images)
     searched = any(name.startswith("loss_weights.") for name in space)
     if blind and not searched and not clean.loss_weights.uses_images:
         yield ("clean", "loss_weights"), f"{_list(blind)} would learn nothing: no weight is on a term that uses images"

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from pydantic.fields import FieldInfo
 
 from raybd.study.base import Fraction, PositiveFloat, Section
-from raybd.study.methods import FIXED_WEIGHTS, Method, MethodSettings
+from raybd.study.methods import TRAITS, Method, MethodSettings
 from raybd.study.training import LossWeights
 from raybd.terms import TERMS
 
@@ -60,8 +60,9 @@ class Clean(CleanSettings):
             for parent in parents:
                 inner = inner[parent]
             inner[leaf] = value
-        if fixed := FIXED_WEIGHTS.get(values["method"]):
-            values["loss_weights"] = {**dict.fromkeys(TERMS, 0.0), **fixed}
+        traits = TRAITS.get(values["method"])
+        if traits is not None and traits.loss_weights is not None:
+            values["loss_weights"] = {**dict.fromkeys(TERMS, 0.0), **traits.loss_weights}
         return CleanSettings(**values)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
@@ -29,28 +31,54 @@ class Method(StrEnum):
     IMAGE_TOWER = "image_tower"
 
 
-# Weights of the two losses that a method has of itself, whatever the study says.
-FIXED_WEIGHTS: dict[Method, dict[str, float]] = {
-    Method.MMCL: {"mmcl": 1.0, "ssl": 0.0},
-    Method.SSL: {"mmcl": 0.0, "ssl": 1.0},
-    Method.PAR: {"mmcl": 1.0, "ssl": 0.0},
+@dataclass(frozen=True)
+class Traits:
+    """What a study has to know of a method.
+
+    Attributes:
+        recipe: what carries it out, `MODULE.CLASS` below `raybd.clean`; named only, as a study does without torch.
+        loss_weights: of the two losses, where the method has them of itself, whatever the study says.
+        takes_steps: whether it learns anything. Where not, its number of epochs is that of its records.
+        plain_steps: whether its steps are plain training's on the weighted losses alone: where not, its recipe says
+            `in_parts = False`.
+        own_image_views: whether it makes the images' augmented views itself.
+        learns_images: whether it acts on the image tower, which a loss of captions alone leaves as it is.
+    """
+
+    recipe: str
+    loss_weights: Mapping[str, float] | None = None
+    takes_steps: bool = True
+    plain_steps: bool = True
+    own_image_views: bool = False
+    learns_images: bool = False
+
+    @property
+    def looks_at_views(self) -> bool:
+        """Whether its losses may look at augmented views."""
+        return self.loss_weights is None or self.loss_weights["ssl"] > 0
+
+
+_MMCL, _SSL = {"mmcl": 1.0, "ssl": 0.0}, {"mmcl": 0.0, "ssl": 1.0}
+TRAITS: dict[Method, Traits] = {
+    Method.CLEANCLIP: Traits("cleanclip.CleanClip"),
+    Method.MMCL: Traits("cleanclip.CleanClip", loss_weights=_MMCL),
+    Method.SSL: Traits("cleanclip.CleanClip", loss_weights=_SSL),
+    Method.SHRINK_PERTURB: Traits("weights.ShrinkAndPerturb"),
+    Method.DEEP_CLUSTERING: Traits("clustering.Clustered", plain_steps=False, learns_images=True),
+    Method.PSEUDO_LABELS: Traits("clustering.PseudoLabelled", plain_steps=False, learns_images=True),
+    Method.PAR: Traits("par.PerturbAndRecover", loss_weights=_MMCL, plain_steps=False),
+    Method.FT_SAM: Traits("sam.SharpnessAware", plain_steps=False),
+    Method.ABD: Traits("adversarial.AdversarialViews", plain_steps=False, own_image_views=True),
+    Method.INTERPOLATION: Traits("weights.Interpolation"),
     # Nothing is learnt: the loss is recorded only, and without augmented views it costs less.
-    Method.BATCHNORM_REFRESH: {"mmcl": 1.0, "ssl": 0.0},
+    Method.BATCHNORM_REFRESH: Traits(
+        "batchnorm.BatchNormRefresh", loss_weights=_MMCL, takes_steps=False, plain_steps=False
+    ),
+    Method.FROZEN_BATCHNORM: Traits("batchnorm.FrozenBatchNorm"),
+    Method.IMAGE_TOWER: Traits("weights.ImageTower", learns_images=True),
 }
-# What a method that takes no step has no use for. Its number of epochs is that of its records.
+# What a method that takes no step has no use for.
 OF_STEPS = frozenset({"lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "eps"})
-# Those whose steps are not plain training's on the weighted losses alone: their recipes say `in_parts = False`.
-_OWN_STEPS = frozenset(
-    {
-        Method.DEEP_CLUSTERING,
-        Method.PSEUDO_LABELS,
-        Method.PAR,
-        Method.FT_SAM,
-        Method.ABD,
-        Method.BATCHNORM_REFRESH,
-    }
-)
-_WITHOUT_VIEWS = frozenset(method for method, weights in FIXED_WEIGHTS.items() if not weights["ssl"])
 
 
 def users(setting: str) -> frozenset[Method]:
@@ -61,17 +89,17 @@ def users(setting: str) -> frozenset[Method]:
     theirs alone.
     """
     section = setting.partition(".")[0]
-    if section == "loss_weights":
-        return frozenset(Method) - frozenset(FIXED_WEIGHTS)
-    if section in OF_STEPS:
-        return frozenset(Method) - {Method.BATCHNORM_REFRESH}
-    if section == "micro_batch_size":
-        return frozenset(Method) - _OWN_STEPS
-    if section == "text_view":
-        return frozenset(Method) - _WITHOUT_VIEWS
-    if section == "image_view":
-        return frozenset(Method) - _WITHOUT_VIEWS - {Method.ABD}  # it makes the images' views itself
-    return frozenset({Method(section)}) if section in MethodSettings.__annotations__ else frozenset(Method)
+    if section in MethodSettings.__annotations__:
+        return frozenset({Method(section)})
+    kinds: dict[str, Callable[[Traits], bool]] = {
+        **dict.fromkeys(OF_STEPS, lambda traits: traits.takes_steps),
+        "loss_weights": lambda traits: traits.loss_weights is None,
+        "micro_batch_size": lambda traits: traits.plain_steps,
+        "text_view": lambda traits: traits.looks_at_views,
+        "image_view": lambda traits: traits.looks_at_views and not traits.own_image_views,
+    }
+    heeds = kinds.get(section, lambda traits: True)
+    return frozenset(method for method, traits in TRAITS.items() if heeds(traits))
 
 
 class ShrinkPerturb(Section):

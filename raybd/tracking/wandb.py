@@ -18,7 +18,7 @@ from raybd.tracking.elsewhere import Elsewhere
 
 def require_key() -> None:
     """Raise ClusterError where W&B would ask for a key, which nobody could give it while a study runs."""
-    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False, verify=False):
         raise ClusterError(
             "wandb does not know you on this machine",
             where="record.trackers",

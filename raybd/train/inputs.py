@@ -25,15 +25,15 @@ from raybd.poison import triggers
 from raybd.poison.plan import PoisonPlan, cleaning_rows, make_plan
 from raybd.provenance import digest
 from raybd.seeding import fork
-from raybd.study import CleanSettings, Method, Study, TrainSettings, agreement
+from raybd.study import TRAITS, CleanSettings, Study, TrainSettings, agreement
 
 log = logging.getLogger(__name__)
 
 
 def prepare(plan: PoisonPlan, settings: TrainSettings, clip: Clip, *, seed: int) -> Prepare:
     """Return what happens to a run's pairs on their way to the model: the plan's poison, and the views it looks at."""
-    adversarial = isinstance(settings, CleanSettings) and settings.method is Method.ABD
-    image_view = None if adversarial else settings.image_view  # the method makes its own
+    own_views = isinstance(settings, CleanSettings) and TRAITS[settings.method].own_image_views
+    image_view = None if own_views else settings.image_view
     views = (image_view, settings.text_view) if settings.loss_weights.views else None
     return Prepare(plan=plan, tokenize=remembering(clip.tokenizer), views=views, seed=seed)
 

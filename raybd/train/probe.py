@@ -255,7 +255,7 @@ def _epoch_cost(study: Study, settings: TrainSettings, pairs: int) -> float:
     def cost(epochs: int) -> float:
         given = settings.model_copy(update={"epochs": epochs})
         if isinstance(given, CleanSettings):
-            return costs.cleaning_cost(study.model.name, given, pairs=pairs)
+            return registry.cost(study.model.name, given, pairs=pairs)
         return costs.training_cost(study.model.name, given, pairs=pairs)
 
     return cost(2) - cost(1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from raybd.costs import Towers
 from raybd.data.pairs import Batch
 from raybd.objectives import Loss
+from raybd.study import CleanSettings, Study
 from raybd.train import grad_cache
 
 if TYPE_CHECKING:
@@ -25,6 +27,29 @@ class Recipe:
 
     optimizes = True  # whether `step` takes optimizer steps: without any, no learning rate and no decay are in force
     in_parts = True  # whether steps heed `micro_batch_size`: they are `step`'s, and `loss` is the run's own
+
+    @classmethod
+    def of(cls, settings: CleanSettings, *, seed: int) -> Self:
+        """Return the recipe of a trial with these settings.
+
+        Args:
+            seed: of all that the method draws.
+        """
+        return cls()
+
+    def check(self, study: Study) -> None:
+        """Refuse a study that the method cannot be carried out in, before any work: by its model, or what is lacking.
+
+        Errors: StudyError, CheckpointError.
+        """
+
+    def operations(self, cost: Towers, *, views: int) -> tuple[float, float]:
+        """Return the operations for each cleaning pair: of an epoch, and of what is done once in a run.
+
+        Args:
+            views: 2 where the losses look at augmented views, else 1.
+        """
+        return views * cost.pair_training, 0.0
 
     def attach(self, run: Training) -> None:
         """Look at the model as it came: copy it, choose what is trained. Called at a fresh start and on resuming.
