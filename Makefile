@@ -18,10 +18,10 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # `ray up`: over ssh to hosts made of namespaces, which needs root and says where it is missing, and to AWS as moto
-# plays it.
+# plays it. Side by side, as much of it is waiting; what was done is told at the end.
 test-cluster: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -o log_cli=true -o log_cli_level=INFO \
-	  tests/cluster tests/test_cluster_aws.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n 2 --dist loadfile --no-loadscope-reorder -rA -o log_level=INFO \
+	  tests/cluster/test_ray_up.py tests/cluster/test_jobs.py tests/test_cluster_aws.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=3600

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from threading import Event
 
 from raybd import signals
@@ -19,6 +19,9 @@ from raybd.errors import ClusterError, DataError, StorageError
 from raybd.store import Store
 
 FOLDER = "jobs"
+# Ray gives up a job that has waited 15 minutes for its place, where its head was told of no other time
+# (RAY_JOB_START_TIMEOUT_SECONDS); from its place to a driver that holds the run directory takes a minute or two.
+BEGINS_WITHIN_MINUTES = 20
 # What the driver of a job is told by its environment: the job's id, and the command that the user gave.
 JOB, COMMAND = "RAYBD_JOB", "RAYBD_COMMAND"
 # Shorter than a run's: at its end nobody waits long for a note, while the run directory is still held.
@@ -36,6 +39,7 @@ class Job:
         submitted: when, in ISO form.
         began: when its driver held the run directory, "" as long as it has not.
         ended: when its driver ended, or the job without one, and how; "" as long as none has, and where it was killed.
+        command: the one that submitted it, as the user gave it.
     """
 
     id: str
@@ -44,11 +48,21 @@ class Job:
     submitted: str
     began: str = ""
     ended: str = ""
+    command: str = ""
 
     @property
     def waits(self) -> bool:
         """Its driver is still to come, as far as is known."""
         return not self.began and not self.ended
+
+    @property
+    def overdue(self) -> bool:
+        """Its driver has not come in `BEGINS_WITHIN_MINUTES`, by the clocks of here and of who submitted it."""
+        try:
+            waited = datetime.now(UTC) - datetime.fromisoformat(self.submitted)
+        except (ValueError, TypeError):  # a record that is not ours, or in part
+            return False
+        return self.waits and waited > timedelta(minutes=BEGINS_WITHIN_MINUTES)
 
 
 def own() -> str:
@@ -66,9 +80,14 @@ def end_command(address: str, id: str) -> str:
     return shlex.join(["ray", "job", "stop", "--address", address, id])
 
 
-def submitted(store: Store, id: str, *, address: str) -> None:
-    """Record in a run directory that a job is to drive it."""
-    _put(store, Job(id, address, socket.gethostname(), _now()))
+def look_command(address: str, id: str) -> str:
+    """Return the command that says what Ray knows of a job."""
+    return shlex.join(["ray", "job", "status", "--address", address, id])
+
+
+def submitted(store: Store, id: str, *, address: str, command: str = "") -> None:
+    """Record in a run directory that a job is to drive it, which a command of the user's submitted."""
+    _put(store, Job(id, address, socket.gethostname(), _now(), command=command))
 
 
 def forget(store: Store, id: str) -> None:

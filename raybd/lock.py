@@ -192,10 +192,10 @@ def _renewed(store: Store, own: dict[str, Any]) -> Iterator[threading.Event]:
     time.sleep(_SETTLE_SECONDS)
     if (found := _read(patient)).get("nonce") != own["nonce"]:
         raise locked(store, found, fix="wait for it, stop it, or give another --run-dir")
-    stop, taken = threading.Event(), threading.Event()
+    over, taken = threading.Event(), threading.Event()
 
     def renew() -> None:
-        while not stop.wait(_RENEW_SECONDS):
+        while not over.wait(_RENEW_SECONDS):
             # A bucket that does not answer for a while is met by whoever works with it.
             with contextlib.suppress(StorageError):
                 if _read(store).get("nonce") != own["nonce"]:
@@ -214,7 +214,7 @@ def _renewed(store: Store, own: dict[str, Any]) -> Iterator[threading.Event]:
             raise
         raise locked(store, _read(store), fix="leave it to that one: this one was silent for too long") from None
     finally:
-        stop.set()
+        over.set()
         thread.join(timeout=_LOCK_PATIENCE_SECONDS)
         with contextlib.suppress(StorageError):
             if _read(store).get("nonce") == own["nonce"]:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,7 @@ def test_a_driver_says_that_its_job_has_begun_and_how_it_ended(store: Store, mon
     (waits,) = (line for line in status.lines(store) if "j of" in line)
     assert waits.endswith("has no driver yet")
     shown = runner.invoke(app, ["status", store.root])
-    assert waits in shown.output
+    assert f"{waits}\n  what Ray says of it: ray job status --address {ADDRESS} j\n" in shown.output
     monkeypatch.setenv(jobs.JOB, "j")
     with only_driver(store):
         who = f"driver: process {os.getpid()} on {socket.gethostname()}, as job j,"
@@ -169,6 +170,35 @@ def test_a_driver_says_that_its_job_has_begun_and_how_it_ended(store: Store, mon
     found = jobs.last(store)
     assert found is not None
     assert (found.id, found.address, bool(found.began)) == ("j", ADDRESS, True)
+
+
+def test_a_job_that_ray_gave_up_or_lost_is_told_from_one_that_waits(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(id: str, submitted: str) -> list[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "_now", lambda: submitted)
+            jobs.submitted(store, id, address=ADDRESS, command="raybd run mine.yaml --detach")
+        return list(status.lines(store))[:-1]
+
+    now = datetime.now(UTC)
+    look = f"  what Ray says of it: ray job status --address {ADDRESS} "
+    first, *after = told("old", (now - timedelta(minutes=jobs.BEGINS_WITHIN_MINUTES, seconds=1)).isoformat())
+    assert first.endswith(", had no driver after 20 minutes: most likely Ray has given it up, or is gone")
+    assert after == [f"{look}old", "  to submit it again: raybd run mine.yaml --detach"]
+    # One that came late all the same is not late any more.
+    monkeypatch.setenv(jobs.JOB, "old")
+    with only_driver(store):
+        assert "as job old" in next(status.lines(store))
+    (line,) = list(status.lines(store))[:-1]
+    assert line.endswith("its work is done")
+    # Also where clocks differ, or nobody knows when it was.
+    for id, when in (("late", now - timedelta(minutes=15)), ("ahead", now + timedelta(minutes=40))):
+        first, *after = told(id, when.isoformat())
+        assert first.endswith(", has no driver yet")
+        assert after == [look + id]
+    for when in ("9998-01-01T00:00", "when?"):  # without a time zone; no time
+        assert told("x", when)[0].endswith(", has no driver yet")
 
 
 def test_a_job_that_ended_without_a_driver_does_not_wait(store: Store) -> None:

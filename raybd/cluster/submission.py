@@ -124,7 +124,7 @@ class Submitted:
         self._refuse_second()
         self.id = f"raybd-{study.name}-{uuid.uuid4().hex[:8]}"
         try:
-            jobs.submitted(store, self.id, address=address)
+            jobs.submitted(store, self.id, address=address, command=command)
             self._submit(study, nodes, command=command, allow_code_change=allow_code_change)
         except BaseException:  # Ctrl-C too: a job that was taken after all finds no record, and ends
             jobs.forget(store, self.id)

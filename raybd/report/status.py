@@ -47,7 +47,15 @@ def _driver(store: Store) -> Iterator[str]:
         yield f"driver: {lock.described(holder)}"
     elif job:
         state = f"ended {job.ended}" if job.ended else "its driver died" if job.began else "has no driver yet"
+        if job.overdue:  # without a minute of now: `--watch` says what changed
+            state = (
+                f"had no driver after {jobs.BEGINS_WITHIN_MINUTES} minutes: most likely Ray has given it up, or is gone"
+            )
         yield f"detached: job {job.id} of {job.address}, submitted {job.submitted} on {job.host}, {state}"
+        if job.waits:
+            yield f"  what Ray says of it: {jobs.look_command(job.address, job.id)}"
+        if job.overdue and job.command:
+            yield f"  to submit it again: {job.command}"
 
 
 def _lines(store: Store) -> Iterator[str]:

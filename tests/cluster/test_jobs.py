@@ -22,6 +22,8 @@ from tests.chaos.checks import without_times
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 TINY = Path(__file__).parents[1] / "studies" / "tiny.yaml"
+# Few images to look at: what is proven is how runs go, and that the numbers are the same ones.
+STUDY = (str(TINY), "--set", "data.max_test_samples=120")
 SECONDS = 600  # for each step, on a machine that does other things too
 BIN = str(Path(sys.executable).parent)
 ENVIRONMENT = {
@@ -73,6 +75,28 @@ def address() -> Iterator[str]:
                         os.killpg(head.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Store]]:
+    """The study on this machine alone, without a stop, under way beside the test; called, wait for it."""
+    folder = tmp_path_factory.mktemp("whole")
+    command, log = [sys.executable, "-m", "raybd", "run", *STUDY, "--run-dir", str(folder / "run")], folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
+
+    def done() -> Store:
+        assert process.wait(timeout=SECONDS) == 0, log.read_text()
+        return Store(str(folder / "run"))
+
+    try:
+        yield done
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+
+
 def answers(port: int) -> bool:
     """Say whether somebody listens."""
     try:
@@ -87,7 +111,7 @@ def wait_for(ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SECONDS
     while not ready():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def raybd(*arguments: str, code: int = 0) -> str:
@@ -106,9 +130,11 @@ def ended(address: str, id: str) -> tuple[str, int | None]:
     return info.status.value, info.driver_exit_code
 
 
-def test_a_run_goes_on_without_who_started_it_and_is_stopped_from_anywhere(address: str, tmp_path: Path) -> None:
-    run_dir, whole = str(tmp_path / "run"), str(tmp_path / "whole")
-    command = ["run", str(TINY), "--run-dir", run_dir, "--address", address, "--detach"]
+def test_a_run_goes_on_without_who_started_it_and_is_stopped_from_anywhere(
+    whole: Callable[[], Store], address: str, tmp_path: Path
+) -> None:
+    run_dir = str(tmp_path / "run")
+    command = ["run", *STUDY, "--run-dir", run_dir, "--address", address, "--detach"]
     store, ledger = Store(run_dir), Ledger(Store(run_dir))
     printed = raybd(*command)
     first = jobs.last(store)
@@ -132,6 +158,6 @@ def test_a_run_goes_on_without_who_started_it_and_is_stopped_from_anywhere(addre
     assert "trials: 4 complete" in raybd("status", run_dir)
     assert "epoch 2" in raybd("logs", run_dir, "mmcl-0000")
     # What lies there is what the study gives on this machine alone, without a stop.
-    raybd("run", str(TINY), "--run-dir", whole)
+    alone = whole()
     for table in tables.SCHEMAS:
-        assert without_times(store, table).equals(without_times(Store(whole), table)), table
+        assert without_times(store, table).equals(without_times(alone, table)), table
