@@ -17,7 +17,7 @@ settings.load_profile("unhurried")
 
 # What takes longest comes first, so that no process is left alone with it at the end. A process that is at its last
 # two tests has its next file already: behind the one test of test_chaos.py comes one that is short.
-FIRST = ("test_chaos.py", "test_search_faults.py", "test_signals.py", "test_run.py", "test_stopping.py")
+FIRST = ("test_chaos.py", "test_search_faults.py", "test_signals.py", "test_run.py", "test_replay_on_ray.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raybd.cluster.gloo import _meet_on_rays_network, interface_of, warn_of_unknown
-from raybd.cluster.pretrain import _failures, _is_open, _note
+from raybd.cluster.pretrain import _failures, _is_open, _note, _Trainer
 from raybd.errors import DataError, NonFiniteError, SupersededError
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
@@ -106,3 +108,13 @@ def test_an_address_without_an_interface_is_named_where_there_are_several_nodes(
     assert len(said) == 1
     assert "10.0.0.2" in said[0]
     assert "GLOO_SOCKET_IFNAME" in said[0]
+
+
+def test_no_process_is_started_for_datasets_that_ray_is_not_given() -> None:
+    """All else that Ray Train puts beside its workers stays."""
+    rays, own = (
+        [type(callback) for callback in trainer(lambda: None)._create_default_callbacks()]
+        for trainer in (TorchTrainer, _Trainer)
+    )
+    assert own == [kind for kind in rays if kind is not DatasetsCallback]
+    assert len(own) == len(rays) - 1

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from raybd import examples, fronts, study_file, tables
 from raybd.cli import app
 from raybd.cluster.searcher import LedgerSearcher
+from raybd.errors import StudyError
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
 from tests.chaos.bucket import BUCKET
@@ -157,9 +158,9 @@ def test_weights_are_kept_for_front_points_and_no_others(finished: tuple[Store, 
 
 def test_pareto_prints_json_of_the_run(finished: tuple[Store, str]) -> None:
     store, _ = finished
-    command = [sys.executable, "-m", "raybd", "pareto", store.uri, "-f", "json"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    measured = json.loads(printed)
+    printed = CliRunner().invoke(app, ["pareto", store.uri, "-f", "json"])
+    assert printed.exit_code == 0, printed.output
+    measured = json.loads(printed.stdout)
     assert measured["runs"][0]["run"] == store.uri
     summaries = measured["runs"][0]["fronts"]
     assert {(s["objective"], s["kind"], s["split"]) for s in summaries} == {
@@ -176,15 +177,19 @@ def test_pareto_prints_json_of_the_run(finished: tuple[Store, str]) -> None:
 def test_a_second_call_does_nothing_twice(finished: tuple[Store, str]) -> None:
     store, _ = finished
     before = times(store)
-    output = finish(start(TINY, store.uri))
-    assert "nothing left to do" in output
+    # Ray is not started: no process of its own is needed.
+    done = CliRunner().invoke(app, ["run", str(TINY), "--run-dir", store.uri])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "nothing left to do" in done.output
     assert times(store) == before
 
 
 def test_another_study_in_the_same_run_directory_is_refused(finished: tuple[Store, str]) -> None:
     store, _ = finished
-    output = finish(start(TINY, store.uri, "--set", "seed=8"), code=2)
-    assert "seed: 7 → 8" in output
+    done = CliRunner().invoke(app, ["run", str(TINY), "--run-dir", store.uri, "--set", "seed=8"])
+    assert isinstance(done.exception, StudyError)
+    assert done.exception.exit_code == 2
+    assert "seed: 7 → 8" in str(done.exception)
 
 
 @dataclass
@@ -353,7 +358,7 @@ search:
   num_trials: 2
   sampler: grid
   space: {lr: {choices: [1.0e-4, 1.0e+30]}}
-resources: {num_workers: 2, concurrent_trials: 2, use_gpu: false}
+resources: {num_workers: 2, concurrent_trials: 1, use_gpu: false}
 """
 
 

@@ -17,6 +17,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raybd import failures
 from raybd.cluster.gloo import GlooConfig
@@ -141,11 +142,18 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
     return {name: f"{found[0]['kind']}: {found[0]['message']}" for name, found in failed.items() if found}
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer without its manager of Ray datasets: there are none, and its process takes seconds to start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if type(callback) is not DatasetsCallback]
+
+
 def _trainer(
     study: Study, pretrain_ids: Mapping[str, str], failures_before: Mapping[str, int], store: Store, share: Share
 ) -> TorchTrainer:
     """Return Ray's trainer. Its run has a new name each time: under an old one it would return an old result."""
-    return TorchTrainer(
+    return _Trainer(
         _worker,
         train_loop_config={
             "study": study.model_dump_json(),

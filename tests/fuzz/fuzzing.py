@@ -32,7 +32,7 @@ class Hang(BaseException):
 
 
 def fuzzed(share: int) -> settings:
-    """Return settings for a test of `share` percent of the profile's examples: the cases of `fuzz` are 25 times as many."""
+    """Return settings for a test of `share` percent of the profile's examples: `fuzz` has 25 times as many."""
     default = settings.default
     assert default is not None
     return settings(
