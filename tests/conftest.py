@@ -11,6 +11,8 @@ from hypothesis import settings
 
 # Ray's workers are nicer than other processes: beside another test that computes, they would hardly get on.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Read when ray is imported; without it what starts a cluster has a token that what reaches it later has not.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # A busy machine is no failure. Of a property that holds, tens of examples say what hundreds do: `make fuzz` draws many.
 settings.register_profile("unhurried", deadline=None, max_examples=40)
 settings.load_profile("unhurried")

@@ -39,15 +39,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
 
 
-def start(study: Path, run_dir: Path | str, *extra: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Start `raybd` in a process group of its own."""
+def start(
+    study: Path, run_dir: Path | str, *extra: str, cwd: Path | None = None, auth: str | None = "disabled"
+) -> subprocess.Popen[str]:
+    """Start `raybd` in a process group of its own, with Ray's tokens as Ray has them where `auth` is None."""
     arguments = [sys.executable, "-m", "raybd", "run", str(study), "--run-dir", str(run_dir), *extra]
     # Every process below inherits the mark, Ray's own too: `processes_of` finds those that are left.
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAYBD_TEST_RUN": str(run_dir)}
+    environment = {**os.environ, "RAY_AUTH_MODE": auth, "RAYBD_TEST_RUN": str(run_dir)}
     return subprocess.Popen(
         arguments,
         cwd=cwd,
-        env=environment,
+        env={name: value for name, value in environment.items() if value is not None},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -368,7 +370,7 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     study, run_dir = tmp_path / "faulty.yaml", tmp_path / "run"
     study.write_text(FAULTY)
     (tmp_path / "shards").symlink_to(study_file.embedded("emoji-32") or "")
-    process = start(study, run_dir, cwd=tmp_path)
+    process = start(study, run_dir, cwd=tmp_path, auth=None)
     store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
     deadline = time.monotonic() + 200
     while not any(1 in entry.epochs for entry in ledger.entries(Kind.PRETRAIN)):
