@@ -18,8 +18,17 @@ settings.register_profile("unhurried", deadline=None, max_examples=40)
 settings.load_profile("unhurried")
 
 # What takes longest comes first, so that no process is left alone with it at the end. A process that is at its last
-# two tests has its next file already: behind the one test of test_chaos.py comes one that is short.
-FIRST = ("test_chaos.py", "test_search_faults.py", "test_signals.py", "test_run.py", "test_replay_on_ray.py")
+# two tests has its next file already: behind the one test of test_chaos.py comes one that does not take long.
+FIRST = (
+    *("test_chaos.py", "test_search_faults.py", "test_methods.py"),
+    *("test_signals.py", "test_run.py", "test_replay_on_ray.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `-n logical` starts: one more than cores, for tests of Ray wait half of their time."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
