@@ -143,7 +143,7 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
     return {name: f"{found[0]['kind']}: {found[0]['message']}" for name, found in failed.items() if found}
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class _Trainer(TorchTrainer):
     """Ray's trainer without what is of no use here and starts a process, which takes seconds.
 
     Of no use is the manager of Ray datasets, of which there are none; and in a cluster of one's own the cleaner, which
