@@ -21,7 +21,7 @@ settings.load_profile("unhurried")
 # two tests has its next file already: behind the one test of test_chaos.py comes one that does not take long.
 FIRST = (
     *("test_chaos.py", "test_search_faults.py", "test_methods.py"),
-    *("test_signals.py", "test_run.py", "test_replay_on_ray.py"),
+    *("test_signals.py", "test_run.py", "test_dead_workers.py", "test_replay_on_ray.py"),
 )
 
 
