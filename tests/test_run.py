@@ -71,7 +71,7 @@ def signal_when(process: subprocess.Popen[str], number: signal.Signals, ready: C
     while not ready():
         assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline
-        time.sleep(0.1)  # to ask a bucket is work for its server
+        time.sleep(0.15)  # to ask a bucket is work for its server
     process.send_signal(number)
     return process.communicate(timeout=60)[0]
 
