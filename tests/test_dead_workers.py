@@ -51,7 +51,7 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     while not any(1 in entry.epochs for entry in ledger.entries(Kind.PRETRAIN)):
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
     os.kill(_train_worker(process.pid), signal.SIGKILL)
     output = finish(process, code=4)
     rows = tables.read(store, "pretrain_epochs").to_pylist()
