@@ -11,8 +11,6 @@ from hypothesis import settings
 
 # Ray's workers are nicer than other processes: beside another test that computes, they would hardly get on.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Read when ray is imported; without it what starts a cluster has a token that what reaches it later has not.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # A busy machine is no failure. Of a property that holds, tens of examples say what hundreds do: `make fuzz` draws many.
 settings.register_profile("unhurried", deadline=None, max_examples=40)
 settings.load_profile("unhurried")
@@ -21,14 +19,8 @@ settings.load_profile("unhurried")
 # two tests has its next file already: behind the one test of test_chaos.py comes one that does not take long.
 FIRST = (
     *("test_chaos.py", "test_search_faults.py", "test_methods.py"),
-    *("test_signals.py", "test_run.py", "test_dead_workers.py", "test_replay_on_ray.py"),
+    *("test_signals.py", "test_run.py", "test_dead_workers.py", "test_stopping.py"),
 )
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes `-n logical` starts: one more than cores, for tests of Ray wait half of their time."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,7 +45,7 @@ def test_dead_workers_are_replaced_and_failed_trials_are_shown(tmp_path: Path) -
     study, run_dir = tmp_path / "faulty.yaml", tmp_path / "run"
     study.write_text(FAULTY)
     (tmp_path / "shards").symlink_to(study_file.embedded("emoji-32") or "")
-    process = start(study, run_dir, cwd=tmp_path, auth=None)
+    process = start(study, run_dir, cwd=tmp_path)
     store, ledger = Store(str(run_dir)), Ledger(Store(str(run_dir)))
     deadline = time.monotonic() + 200
     while not any(1 in entry.epochs for entry in ledger.entries(Kind.PRETRAIN)):

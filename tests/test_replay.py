@@ -1,8 +1,9 @@
-"""Replay: which recorded curve answers, and what is refused before Ray starts."""
+"""Replay: which recorded curve answers, what is refused before Ray starts, and a search on real Ray against curves."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from raybd import curves, study_file, tables
+from raybd import curves, fronts, study_file, tables
 from raybd.assignment import Assignment
 from raybd.cli import app
 from raybd.curves import Curve
 from raybd.errors import DataError, StudyError
+from raybd.ledger import Kind, Ledger
 from raybd.records import RECORDED
 from raybd.replay import Recorded, ReplayTrial, recorded_trial
 from raybd.store import Store
@@ -298,7 +300,80 @@ def test_halves_of_a_run_stay_halves(tmp_path: Path) -> None:
     assert found.epochs[1]["loss"] == 0.5
 
 
-# What it loads, and what is shipped
+# A search on Ray
+
+
+def invoke(*arguments: str) -> str:
+    """Run the command line in a process of its own."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-m", "raybd", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.ray
+def test_a_replayed_grid_is_the_sweep_again(tmp_path: Path) -> None:
+    on, run = store_of(tmp_path / "on"), str(tmp_path / "run")
+    study = tmp_path / "made.yaml"
+    study.write_text(json.dumps(study_of().resolved()))
+    printed = invoke("replay", str(study), "--on", on, "--run-dir", run)
+    assert "search: 12 trials, 0 done, 1 at a time" in printed
+    store = Store(run)
+    trials = tables.read(store, "trials").to_pylist()
+    assert {row["state"] for row in trials} == {"complete"}
+    assert {row["batch_size"] for row in trials} == {None}
+    epochs = tables.read(store, "epochs").to_pylist()
+    assert {row["split"] for row in epochs} == {"all"}
+    wanted = sorted(
+        (c.objective, c.method, n, found["counts"]["all"]["correct_clean"], found["counts"]["all"]["hit_target"])
+        for c in recorded()
+        if c.method != "ssl"
+        for n, found in c.epochs.items()
+    )
+    columns = ("objective", "method", "epoch", "correct_clean", "hit_target")
+    assert sorted(tuple(row[name] for name in columns) for row in epochs) == wanted
+    rows = tables.read(store, "fronts").to_pylist()
+    assert all(row["checkpoint"] is None for row in rows)
+    expected = fronts.compute(epochs, trials)
+    assert {row["hypervolume"] for row in rows} == {row["hypervolume"] for row in expected}
+    record = json.loads(store.get("study.json"))
+    assert (record["kind"], record["on"]["path"], record["on"]["nearest"]) == ("replay", on, False)
+    assert "nothing left to do" in invoke("replay", str(study), "--on", on, "--run-dir", run)
+    other = store_of(tmp_path / "other", [*recorded(), curve("mmcl", "cleanclip", 4, lr=2e-3)])
+    with pytest.raises(StudyError, match="replayed against other curves"):
+        raise runner_invoke("replay", str(study), "--on", other, "--run-dir", run) or AssertionError
+    # A replay is a run directory like others: it can be replayed against in turn.
+    assert len(curves.read(run)) == 12
+
+
+@pytest.mark.ray
+def test_one_worker_draws_on_ray_what_the_searcher_draws_by_itself(tmp_path: Path) -> None:
+    from raybd.cluster.searcher import LedgerSearcher
+    from raybd.ledger import Entry, State
+
+    on, run = store_of(tmp_path / "on"), str(tmp_path / "run")
+    space = {"method": {"choices": ["mmcl", "ssl", "cleanclip"]}, "lr": {"low": 1e-5, "high": 1e-3, "log": True}}
+    study = study_of(space=space, sampler="tpe", startup_trials=2, num_trials=5)
+    (tmp_path / "made.yaml").write_text(json.dumps(study.resolved()))
+    invoke("replay", str(tmp_path / "made.yaml"), "--on", on, "--nearest", "--run-dir", run)
+    trial = ReplayTrial(tuple(curves.read(on)), nearest=True)
+    done: dict[str, Entry] = {}
+    searcher = LedgerSearcher(study, IDS, [], lambda task: done[task.trial_id], stop=lambda *_: False)
+    for i in range(10):
+        task = searcher.suggest(str(i))
+        assert isinstance(task, dict)
+        record, epochs = recorded_trial(trial, study, Assignment(**task))
+        done[task["trial_id"]] = Entry(task["trial_id"], record, 1, epochs, {"state": State.COMPLETE})
+        searcher.on_trial_complete(str(i))
+    entries = Ledger(Store(run)).entries(Kind.TRIAL)
+    assert {e.id: e.started["params"] for e in entries} == {e.id: e.started["params"] for e in done.values()}
+    assert {e.id: e.started["curve"] for e in entries} == {e.id: e.started["curve"] for e in done.values()}
+    # The table says what the curve had, the params what was drawn.
+    row = next(row for row in tables.read(Store(run), "trials").to_pylist() if row["trial_id"] == "mmcl-0000")
+    assert row["lr"] in LRS
+    assert json.loads(row["params_json"])["lr"] not in LRS
 
 
 def test_a_replay_needs_no_torch(tmp_path: Path) -> None:

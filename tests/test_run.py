@@ -38,17 +38,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 TINY = Path(__file__).parent / "studies" / "tiny.yaml"
 
 
-def start(
-    study: Path, run_dir: Path | str, *extra: str, cwd: Path | None = None, auth: str | None = "disabled"
-) -> subprocess.Popen[str]:
-    """Start `raybd` in a process group of its own, with Ray's tokens as Ray has them where `auth` is None."""
+def start(study: Path, run_dir: Path | str, *extra: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """Start `raybd` in a process group of its own."""
     arguments = [sys.executable, "-m", "raybd", "run", str(study), "--run-dir", str(run_dir), *extra]
     # Every process below inherits the mark, Ray's own too: `processes_of` finds those that are left.
-    environment = {**os.environ, "RAY_AUTH_MODE": auth, "RAYBD_TEST_RUN": str(run_dir)}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAYBD_TEST_RUN": str(run_dir)}
     return subprocess.Popen(
         arguments,
         cwd=cwd,
-        env={name: value for name, value in environment.items() if value is not None},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

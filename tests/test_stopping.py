@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from pydantic import ValidationError
 from ray.tune.search import Searcher
 
-from raybd import fronts, pareto, tables
+from raybd import curves, fronts, pareto, tables
 from raybd.assignment import Assignment, settle, stop
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.console import View
@@ -27,6 +27,7 @@ from raybd.errors import DataError, StudyError
 from raybd.ledger import Entry, Kind, Ledger, State
 from raybd.records import trial_row
 from raybd.replay import Recorded, ReplayTrial
+from raybd.replaying import ReplayRun
 from raybd.stopping import (
     Decision,
     collapse,
@@ -38,7 +39,7 @@ from raybd.stopping import (
     ranked,
 )
 from raybd.store import Store
-from raybd.study import Stopping, Study
+from raybd.study import Resources, Stopping, Study
 from raybd.study_directory import StudyDirectory
 
 Points = Mapping[str, Sequence[tuple[float, float]]]
@@ -470,3 +471,43 @@ def test_a_record_with_a_number_that_is_none_is_told_as_such(tmp_path: Path) -> 
         directory.store.put(name, json.dumps(record).encode())
         with pytest.raises(DataError):
             directory.load_tables()
+
+
+# --- on Ray
+
+
+@pytest.mark.ray
+def test_on_ray_several_workers_leave_what_one_leaves_without_it(tmp_path: Path, whole: dict[str, Any]) -> None:
+    """A call that is broken off in the midst, and a second one; the tables say of each trial what the ledger has."""
+    curves.write(Store(str(tmp_path / "on")), CURVES)
+    on, run = str(tmp_path / "on" / "sweep.parquet"), Store(str(tmp_path / "run"))
+    study = study_of().model_copy(update={"resources": Resources(concurrent_trials=2, use_gpu=False)})
+
+    class Broken(View):
+        """Breaks off once a few trials wait."""
+
+        def line(self, text: str, *, style: str | None = None) -> None:
+            if "mmcl-0009 waits" in text:
+                raise KeyboardInterrupt
+            super().line(text, style=style)
+
+    with pytest.raises(KeyboardInterrupt):
+        ReplayRun(study, run, Broken(), on=on).run()
+    waiting = [entry for entry in Ledger(run).entries(Kind.TRIAL) if entry.waits]
+    assert len(waiting) > 8
+    rows = tables.read(run, "trials").to_pylist()
+    assert {row["state"] for row in rows} == {"running"}
+    assert len(rows) >= len(waiting) - 2
+
+    outcome = ReplayRun(study, run, View(), on=on).run()
+    assert outcome.failed == 0
+    entries = {entry.id: entry for entry in Ledger(run).entries(Kind.TRIAL)}
+    assert told(entries) == whole
+    rows = tables.read(run, "trials").to_pylist()
+    assert {row["trial_id"]: (row["state"], row["stop_reason"]) for row in rows} == {
+        name: (ended["state"], ended.get("stop_reason")) for name, entry in entries.items() if (ended := entry.ended)
+    }
+    epochs = [(row["trial_id"], row["epoch"]) for row in tables.read(run, "epochs").to_pylist()]
+    assert sorted(epochs) == sorted((name, epoch) for name, entry in entries.items() for epoch in entry.epochs)
+    final = [row for row in tables.read(run, "fronts").to_pylist() if row["kind"] == "final" and row["epoch"]]
+    assert all(row["epoch"] == EPOCHS for row in final)

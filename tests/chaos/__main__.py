@@ -32,7 +32,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=100, help="so many must hit")
     parser.add_argument("--per-round", type=int, default=18, help="at most so many while one study runs")
     parser.add_argument("--kinds", default=",".join(kind.name.lower() for kind in Kind), help="to draw from")
-    parser.add_argument("--nodes", type=int, default=3, help="of the cluster, beside its head")
     parser.add_argument("--study", default=str(Path(__file__).with_name("study.yaml")))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to raybd")
     parser.add_argument("--reference", help="run directory of the study without a fault; default: it is made")
@@ -74,9 +73,7 @@ def main() -> int:
     if refused and allowed & set(Disk.kinds):
         tally.skipped.append(f"{', '.join(Disk.kinds)}: this machine lets nobody mount a disk: {refused.strip()}")
     bucket = bool((allowed & STORAGE) - set(Disk.kinds))
-    scene = Scene(
-        asked.study, [word for setting in asked.set for word in ("--set", setting)], scratch, nodes=asked.nodes
-    )
+    scene = Scene(asked.study, [word for setting in asked.set for word in ("--set", setting)], scratch)
     try:
         reference = Store(asked.reference or scene.reference())
         while (left := asked.faults - tally.hits.total()) > 0 and not tally.found[Harm.STUCK]:

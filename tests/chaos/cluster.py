@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.chaos.processes import start
 
+NODES = 3
 _OBJECT_STORE = 80 * 1024**2
 
 
@@ -31,13 +32,12 @@ class ClusterProcess:
 
     Args:
         port: of the GCS, so that a cluster made anew has the address of the one before.
-        nodes: how many there are beside the head.
         environment: of the keeper and so of every process of the cluster.
         log: file that takes what Ray prints.
     """
 
-    def __init__(self, port: int, environment: dict[str, str], log: Path, *, nodes: int) -> None:
-        self._keeper = start("tests.chaos.cluster", f"{port}:{nodes}", environment=environment, log=log)
+    def __init__(self, port: int, environment: dict[str, str], log: Path) -> None:
+        self._keeper = start("tests.chaos.cluster", str(port), environment=environment, log=log)
         answer = self._answer()
         self.address: str = answer["address"]
         self.head, *self.nodes = [Node(**node) for node in answer["nodes"]]
@@ -67,7 +67,7 @@ class ClusterProcess:
         return dict(json.loads(line))
 
 
-def _keep(port: int, wanted: int) -> None:
+def _keep(port: int) -> None:
     """Start a cluster and do as the lines of standard input say, until they end."""
     from ray.cluster_utils import Cluster
 
@@ -79,7 +79,7 @@ def _keep(port: int, wanted: int) -> None:
     nodes: list[Any] = []
 
     def fill() -> None:
-        while len(nodes) < wanted:
+        while len(nodes) < NODES:
             nodes.append(cluster.add_node(num_cpus=1, **same))
 
     def pid(node: Any, kind: str) -> int | None:
@@ -108,4 +108,4 @@ def _keep(port: int, wanted: int) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    _keep(*map(int, sys.argv[1].split(":")))
+    _keep(int(sys.argv[1]))

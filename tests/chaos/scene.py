@@ -51,11 +51,10 @@ class Scene:
         study: file of the study.
         extra: further arguments of `raybd run`.
         scratch: folder of the harness, of a short name: Ray's sockets lie below it.
-        nodes: of the cluster, beside its head.
     """
 
-    def __init__(self, study: str, extra: Sequence[str], scratch: Path, *, nodes: int) -> None:
-        self._study, self._extra, self.scratch, self._nodes = study, list(extra), scratch, nodes
+    def __init__(self, study: str, extra: Sequence[str], scratch: Path) -> None:
+        self._study, self._extra, self.scratch = study, list(extra), scratch
         self._mark, self._port = scratch.name, free_port()
         # Those who watch have no mark: it is for what raybd and Ray start.
         self._plain = {"RAYBD_CACHE": str(scratch / "cache"), **os.environ, **CREDENTIALS, "OMP_NUM_THREADS": "1"}
@@ -77,9 +76,7 @@ class Scene:
     def cluster(self) -> ClusterProcess:
         """The cluster that runs now."""
         if self._cluster is None:
-            self._cluster = ClusterProcess(
-                self._port, self._environment, self.scratch / "cluster.log", nodes=self._nodes
-            )
+            self._cluster = ClusterProcess(self._port, self._environment, self.scratch / "cluster.log")
         return self._cluster
 
     def renew_cluster(self) -> None:
