@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raybd.cluster.gloo import _meet_on_rays_network, interface_of, warn_of_unknown
-from raybd.cluster.pretrain import _failures, _is_open, _note, _Trainer
+from raybd.cluster.pretrain import _failures, _is_open, _note
 from raybd.errors import DataError, NonFiniteError, SupersededError
 from raybd.ledger import Kind, Ledger
 from raybd.store import Store
@@ -109,16 +106,3 @@ def test_an_address_without_an_interface_is_named_where_there_are_several_nodes(
     assert len(said) == 1
     assert "10.0.0.2" in said[0]
     assert "GLOO_SOCKET_IFNAME" in said[0]
-
-
-def test_no_process_is_started_for_what_is_of_no_use_here() -> None:
-    """All else that Ray Train puts beside its workers stays."""
-
-    def kinds(trainer: TorchTrainer) -> list[type]:
-        return [type(callback) for callback in trainer._create_default_callbacks()]
-
-    rays, ours, own = kinds(TorchTrainer(print)), kinds(_Trainer(print)), _Trainer(print)
-    own.own = True
-    assert ours == [kind for kind in rays if kind is not DatasetsCallback]
-    assert kinds(own) == [kind for kind in ours if kind is not PlacementGroupCleanerCallback]
-    assert len(kinds(own)) == len(rays) - 2
