@@ -12,8 +12,8 @@ UV := UV_HTTP_TIMEOUT=180 $(BIN)/uv pip install --quiet --compile-bytecode --pyt
 demo: $(STAMP)
 	$(BIN)/raybd demo
 
-# A process for each core, and one thread in each: the models of the tests gain nothing from more. In order of their
-# names, so that the file that takes longest, with the fewest tests, does not come last.
+# A process for each core, and one thread in each: the models of the tests gain nothing from more. In the order of
+# tests/conftest.py, in which what takes longest, with the fewest tests, does not come last.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -82,41 +82,41 @@ def test_the_commands_and_options_are_those_that_users_know() -> None:
     assert commands(typer.main.get_command(app)) == OPTIONS
 
 
-def loaded_by(arguments: list[str]) -> set[str]:
-    """Run the command line in a process of its own and return the modules that it loaded."""
+def loaded_by(*calls: list[str]) -> list[set[str]]:
+    """Call the command line once and again in a process of its own; return what modules were loaded after each call."""
     code = (
         "import sys, json, contextlib, io\n"
-        f"sys.argv = ['raybd', *{arguments!r}]\n"
         "from raybd.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        "    main()\n"
-        "print(json.dumps(sorted(sys.modules)))"
+        f"for arguments in {calls!r}:\n"
+        "    sys.argv = ['raybd', *arguments]\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    print(json.dumps(sorted(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout))
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["pareto", "--help"],
+def test_light_commands_load_neither_torch_nor_ray() -> None:
+    calls = (
         ["evaluate", "--help"],
         ["validate", "--help"],
         ["validate", str(TINY)],
         ["status", "."],
         ["studies"],
         ["schema"],
-    ],
-)
-def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:
-    assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}
+    )
+    loaded = loaded_by(*calls)
+    assert len(loaded) == len(calls)
+    for call, modules in zip(calls, loaded, strict=True):
+        assert not modules & {"torch", "ray", "optuna", "open_clip", "torchvision"}, call
+    assert {"yaml", "pydantic"} <= loaded[-1], "they did what they are for"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pareto", "--help"], ["data", "import", "--help"], []])
-def test_help_loads_what_it_shows_and_no_more(arguments: list[str]) -> None:
-    loaded = loaded_by(arguments)
-    assert not loaded & {"yaml", "rich", "numpy", "pyarrow", "pydantic"}
+def test_help_loads_what_it_shows_and_no_more() -> None:
+    calls = [], ["--help"], ["pareto", "--help"], ["data", "import", "--help"]
+    for call, modules in zip(calls, loaded_by(*calls), strict=True):
+        assert not modules & {"yaml", "rich", "numpy", "pyarrow", "torch", "ray", "pydantic"}, call
 
 
 def completions(words: str, *, shell: str = "bash") -> tuple[list[str], set[str]]:
@@ -185,7 +185,7 @@ def test_pareto_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
         scored = [{**mine, "epoch": epoch, "step": 1, "samples_seen": 9, **rates, **counts} for epoch in (0, 1)]
         rows = [{**row, "split": split} for row in scored for split in ("search", "report")]
         tables.write(store, "epochs", objective, rows)
-    loaded = loaded_by(["pareto", str(tmp_path)])
+    (loaded,) = loaded_by(["pareto", str(tmp_path)])
     assert {"pyarrow", "rich", "numpy.random"} <= loaded
     assert not loaded & {"torch", "ray", "optuna", "open_clip", "matplotlib", "pandas"}
     # Each of these takes as long to load as the tables of a small run take to read.

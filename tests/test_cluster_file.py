@@ -559,7 +559,7 @@ def near(draw: st.DrawFn) -> dict[str, Any]:
 
 @example({"provider": {"type": "local", "head_ip": 1, "worker_ips": [None]}, "cluster_name": ""})
 @example({"provider": {"type": "kuberay"}, "cluster_name": "a", "available_node_types": {}, "head_node_type": "a"})
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6) | near())
 def test_any_mapping_is_fine_for_ray_too_or_ends_in_one_clear_error(found: dict[str, Any]) -> None:
     text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)

@@ -422,7 +422,7 @@ def test_bombs_and_broken_images_are_refused(content: bytes, message: str) -> No
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
     length=st.integers(1, 2000),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_damaged_images_decode_or_are_a_value_error(kind: str, changes: list[tuple[int, int]], length: int) -> None:
     content = bytearray(picture(3, kind, size=(12, 9)))
     for place, value in changes:
@@ -677,7 +677,7 @@ def poisoned(images: cache.Images) -> PoisonPlan:
     epoch=st.integers(0, 3),
     buffer=st.integers(1, 30),
 )
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_sample_is_once_in_an_epoch_whatever_the_sizes(
     images: cache.Images, kind: str, count: int, batch_size: int, world_size: int, epoch: int, buffer: int
 ) -> None:

@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from raybd import doctor
+from raybd.cli import app
 from raybd.doctor import Finding, State
 
 LOOKED_AT = {
@@ -57,10 +59,12 @@ def test_a_machine_that_can_work(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists(), "nothing is made"
 
 
-def test_a_machine_that_cannot(tmp_path: Path) -> None:
+def test_a_machine_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    done = run_doctor(RAYBD_CACHE=str(tmp_path / "file" / "cache"), RAY_TMPDIR=f"/tmp/{'x' * 60}")
-    assert done.returncode == 3
+    monkeypatch.setenv("RAYBD_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("RAY_TMPDIR", f"/tmp/{'x' * 60}")
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 3
     lines = done.stdout.splitlines()
     problems = [(lines[i].split()[1], lines[i + 1]) for i in range(len(lines)) if lines[i].startswith("problem")]
     assert [what for what, _ in problems] == ["cache", "ray's"]

@@ -442,8 +442,8 @@ def test_the_command_writes_below_exports_where_nothing_else_is_said(
 
 
 def test_a_mistake_waits_for_no_torch(run: Store, tmp_path: Path) -> None:
-    for arguments in (["export", "--help"], ["export", str(tmp_path), "x"], ["export", run.uri, "one-0007:1"]):
-        assert not loaded_by(arguments) & {"torch", "ray", "optuna", "open_clip", "torchvision"}
+    for modules in loaded_by(["export", "--help"], ["export", str(tmp_path), "x"], ["export", run.uri, "one-0007:1"]):
+        assert not modules & {"torch", "ray", "optuna", "open_clip", "torchvision"}
 
 
 def test_keys_in_addresses_stay_at_home(run: Store, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def apply(image_CHW: Tensor, trigger: BadNet, *, seed: int = 1, pattern_seed: in
     wrap=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_every_trigger_is_where_it_is_planned_and_nowhere_else(
     pattern: Pattern, placement: Placement, size: int, extra: tuple[int, int], *, wrap: bool, seed: int
 ) -> None:
@@ -347,7 +347,7 @@ def test_templates_that_are_wrong(named: str | tuple[str, ...], what: str) -> No
 
 
 @given(num_samples=st.integers(1, 60), leaked=st.integers(0, 12), poison=st.integers(1, 20), seed=st.integers(0, 2**40))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_cleaning_set_is_disjoint_from_the_plan_but_for_what_is_leaked(
     num_samples: int, leaked: int, poison: int, seed: int
 ) -> None:

@@ -7,34 +7,29 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_trials import hopeless, killed_while_idle, lingers, on_a_bad_disk, sabotaged, various
 
 from raybd import tables
-from raybd.assignment import Assignment, Notify, done_already, start_record
 from raybd.clean.actor import CleanTrial
 from raybd.console import View
-from raybd.errors import RaybdError, StorageError, StudyError
-from raybd.ledger import Entry, Kind, Ledger, State
+from raybd.errors import RaybdError
+from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
 from raybd.study import Study
 from raybd.study_directory import StudyDirectory
 
 IDS = {"mmcl": "mmcl-aaaa"}
 TRIES = 5
-HALF = {"n_clean": 10, "correct_clean": 5, "n_triggered": 10, "hit_target": 2, "correct_triggered": 0}
 
 
 def study_of(num_trials: int, **search: Any) -> Study:
@@ -62,117 +57,6 @@ def study_of(num_trials: int, **search: Any) -> Study:
 
 def study_that_trains(lrs: Sequence[float], **search: Any) -> Study:
     return study_of(len(lrs), sampler="grid", space={"lr": {"choices": lrs}}, **search)
-
-
-def epochs(store: Store, task: Assignment, *numbers: int, notify: Notify) -> None:
-    for number in numbers:
-        record = {"counts": {"search": HALF, "report": HALF}}
-        Ledger(store).epoch(Kind.TRIAL, task.trial_id, number, record)
-        notify(number, record)
-
-
-def various(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    """End well, but number 1 has an error, 2 dies once, 3 always, 4 cannot start, 5 runs out of memory once."""
-    attempt = Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
-    if task.number == 1:
-        raise ZeroDivisionError("made")
-    if task.number == 3:
-        os._exit(1)
-    if task.number == 4:
-        raise StudyError("settings that do not fit together")
-    epochs(store, task, 0, notify=notify)
-    if attempt == 1 and task.number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if attempt == 1 and task.number == 5:
-        raise MemoryError
-    epochs(store, task, 1, notify=notify)
-    return ended(store, task)
-
-
-class Lingering:
-    """What a thread takes long to let go of when it ends: Ray waits two seconds for it, then drops the next trial."""
-
-    kept = threading.local()
-
-    def __del__(self) -> None:
-        time.sleep(5)
-
-
-def lingers(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    """Wait at the rung, or end; two of them leave behind a process that cannot be used again at once."""
-
-    def meanwhile() -> None:
-        if task.number in {0, 5}:
-            Lingering.kept.it = Lingering()
-
-    return to_the_rung_or_the_end(study, store, task, notify, meanwhile)
-
-
-def killed_while_idle(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    """Wait at the rung, or end; the first trial's process, which waits for the second one, is killed by that."""
-    pid = Path(store.root) / "pid"
-
-    def meanwhile() -> None:
-        if task.until is not None and task.number == 0:
-            pid.write_text(str(os.getpid()))
-            # Were it at its rung before the other has a process, it would hand its own on.
-            while len(Ledger(store).entries(Kind.TRIAL)) < 2:
-                time.sleep(0.1)
-
-    at = to_the_rung_or_the_end(study, store, task, notify, meanwhile)
-    if task.until is not None and task.number == 1:
-        while not any(entry.waits and entry.id == "mmcl-0000" for entry in Ledger(store).entries(Kind.TRIAL)):
-            time.sleep(0.1)
-        time.sleep(2)  # Tune knows of it by then
-        os.kill(int(pid.read_text()), signal.SIGKILL)  # and then there is little time left to learn of this
-    return at
-
-
-def to_the_rung_or_the_end(
-    study: Study, store: Store, task: Assignment, notify: Notify, meanwhile: Callable[[], None]
-) -> Entry:
-    if (done := done_already(Ledger(store), task)) is not None:
-        return done
-    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
-    meanwhile()
-    if task.until is None:
-        epochs(store, task, 2, notify=notify)
-        return ended(store, task)
-    epochs(store, task, 0, task.until, notify=notify)
-    place = {"weight_decay_in_force": None, "node": "here", "device": "cpu", "device_seconds": 1.0}
-    return Ledger(store).pause(Kind.TRIAL, task.trial_id, {"epoch": task.until, **place})
-
-
-def ended(store: Store, task: Assignment) -> Entry:
-    end = {"state": State.COMPLETE, "ended": datetime.now(UTC).isoformat()}
-    return Ledger(store).end(Kind.TRIAL, task.trial_id, end)
-
-
-def hopeless(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    raise StudyError(f"nothing fits at {task.number}")
-
-
-def on_a_bad_disk(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    Ledger(store).start(Kind.TRIAL, task.trial_id, start_record(study, task))
-    epochs(store, task, 0, notify=notify)
-    if task.number == 1:
-        raise StorageError("the disk is full")
-    epochs(store, task, 1, notify=notify)
-    return ended(store, task)
-
-
-def sabotaged(study: Study, store: Store, task: Assignment, notify: Notify) -> Entry:
-    """Train, but in its first attempt number 2 is killed in its second epoch, and 3 stops for ever in its first."""
-    first = store.names(f"ledger/trials/{task.trial_id}") == []
-
-    def and_then(epoch: int, record: dict[str, Any]) -> None:
-        notify(epoch, record)
-        due = {(2, 1): signal.SIGKILL, (3, 0): signal.SIGSTOP}.get((task.number, epoch))
-        if first and due:
-            # In the midst of the epoch, not within this call.
-            threading.Timer(0.1, os.kill, (os.getpid(), due)).start()
-
-    return CleanTrial(threads=1, use_gpu=False)(study, store, task, and_then)
 
 
 class Lines(View):
@@ -214,8 +98,8 @@ def main(root: str) -> None:
         rungs = study_of(6, stopping={"rungs": [1], "keep": 0.5})
         for name, study, at_once, carry_out in (
             ("various", study_of(7), 2, various),
-            ("hopeless", study_of(12), 2, hopeless),
-            ("hopeless, and nevertheless", study_of(12, max_failed=1), 2, hopeless),
+            ("hopeless", study_of(12), 1, hopeless),
+            ("hopeless, and nevertheless", study_of(12, max_failed=1), 1, hopeless),
             ("on_a_bad_disk", study_of(6), 2, on_a_bad_disk),
             ("lingers", rungs, 2, lingers),
             ("lingers alone", rungs, 1, lingers),

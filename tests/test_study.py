@@ -20,7 +20,7 @@ from raybd.study import ImageView, LossWeights, Placement, Study, differences, s
 
 BASE = "name: t\npoison: {poison_rate: 0.1}\n"
 ROOT = Path(__file__).parents[1]
-EXHAUSTIVE = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+EXHAUSTIVE = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def parse(text: str = BASE, *overrides: str) -> Study:
@@ -644,7 +644,7 @@ VALUES = st.recursive(
 
 
 @given(data=st.data())
-@settings(EXHAUSTIVE, max_examples=200)
+@EXHAUSTIVE
 def test_a_study_with_any_value_anywhere_is_a_study_or_a_study_error(data: st.DataObject) -> None:
     raw = parse(BASE, "search.space.lr={low: 1e-6, high: 1e-3}", "search.known=[{lr: 1e-5}]").resolved()
     at: list[str] = []

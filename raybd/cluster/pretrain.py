@@ -17,6 +17,8 @@ import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raybd import failures
 from raybd.cluster.gloo import GlooConfig
@@ -141,11 +143,25 @@ def run_pretraining(study: Study, pretrain_ids: Mapping[str, str], store: Store,
     return {name: f"{found[0]['kind']}: {found[0]['message']}" for name, found in failed.items() if found}
 
 
+class _Trainer(TorchTrainer):
+    """Ray's trainer without what is of no use here and starts a process, which takes seconds.
+
+    Of no use is the manager of Ray datasets, of which there are none; and in a cluster of one's own the cleaner, which
+    frees what a dead controller held: it asks the dashboard who is dead, and such a cluster has none.
+    """
+
+    own = False
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = {DatasetsCallback, *([PlacementGroupCleanerCallback] if self.own else [])}
+        return [callback for callback in super()._create_default_callbacks() if type(callback) not in unused]
+
+
 def _trainer(
     study: Study, pretrain_ids: Mapping[str, str], failures_before: Mapping[str, int], store: Store, share: Share
 ) -> TorchTrainer:
     """Return Ray's trainer. Its run has a new name each time: under an old one it would return an old result."""
-    return TorchTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config={
             "study": study.model_dump_json(),
@@ -167,6 +183,8 @@ def _trainer(
             failure_config=FailureConfig(max_failures=0),
         ),
     )
+    trainer.own = share.own
+    return trainer
 
 
 def _cause(error: WorkerGroupError) -> RaybdError | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,15 +13,15 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.stopper import Stopper
 
-from raybd.assignment import Assignment, CarryOut, point, settle
+from raybd.assignment import Assignment, CarryOut
 from raybd.cluster.faults import Faults, error_of
 from raybd.cluster.searcher import LedgerSearcher
 from raybd.cluster.session import Share
-from raybd.errors import ClusterError, StudyError, TrialError
-from raybd.failures import SPOILING
+from raybd.cluster.trainable import trainable
+from raybd.errors import ClusterError
 from raybd.ledger import Entry, Kind, Ledger
 from raybd.store import Store
-from raybd.study import Failure, Study
+from raybd.study import Study
 
 # Tune would copy the driver's credentials into the runtime environment of trials, which Ray stores and writes into its
 # logs. As all processes of a cluster, trials have those of the machine that they are on.
@@ -31,30 +30,6 @@ class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
 )
 
 _IDLE_ROUNDS = 3  # how often a search may end with trials left and nothing done
-
-
-def _trainable(config: dict[str, Any], *, study: str, store: Store, carry_out: CarryOut) -> None:
-    """Run one trial in a Ray actor, which may have run others before.
-
-    Errors: TrialError where it failed and is to be tried again, or after a failure that may have spoilt the process;
-        whatever this raises ends the process.
-    """
-    logging.getLogger().setLevel(logging.WARNING)
-
-    def notify(epoch: int, record: dict[str, Any]) -> None:
-        top1, asr = point(record)
-        tune.report({"epoch": epoch, "zeroshot_top1": top1, "asr_top1": asr, "ended": False})
-
-    task, found = Assignment(**config), Study.model_validate_json(study)
-    try:
-        entry = carry_out(found, store, task, notify)
-    except StudyError as error:
-        # It could not start, and would not the next time.
-        entry = settle(store, found, task, reason=(Failure.SETTINGS, error.what))
-    if entry.ended is not None and entry.ended.get("error_type") in SPOILING:
-        raise TrialError("this process is not used again", where=task.trial_id)
-    # A trial that failed before its first epoch must still report something: Ray takes silence for a fault of its own.
-    tune.report({"epoch": max(entry.epochs, default=0), "zeroshot_top1": 0.0, "asr_top1": 1.0, "ended": True})
 
 
 class _Watch(TrialProgressCallback):
@@ -155,7 +130,7 @@ def run_search(
     Errors: TrialError where too many trials failed; StorageError where the run directory fails, ClusterError where Ray
         does. The trials that run are then left to the next call.
     """
-    function = tune.with_parameters(_trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
+    function = tune.with_parameters(trainable, study=study.model_dump_json(), store=store, carry_out=carry_out)
 
     def search_on() -> Faults | None:
         """Let Tune run what is left, and return how that went; None if nothing is."""

@@ -51,6 +51,7 @@ class Share:
         missing: what the cluster does not have now, in words.
         scratch: a folder on the driver's machine for what Ray keeps of its own; gone when the session ends. Nothing
             reads it: a run goes on from its ledger, and Ray's files are pickles, which a run directory must not hold.
+        own: this driver has started the cluster, which ends with it.
     """
 
     num_workers: int
@@ -62,6 +63,7 @@ class Share:
     beside: float = 0.0
     missing: tuple[str, ...] = ()
     scratch: str = ""
+    own: bool = False
 
     @property
     def memory_per_trial(self) -> float:
@@ -168,7 +170,7 @@ def session(wanted: Resources, *, address: str | None = None) -> Iterator[Share]
             cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
             share = resolve(wanted, cpus=cpus, gpus=gpus, may_grow=address is not None)
             with watched_head(ray.get_runtime_context().gcs_address):
-                yield replace(share, scratch=scratch)
+                yield replace(share, scratch=scratch, own=address is None)
         finally:
             ray.shutdown()
             signals.arm()

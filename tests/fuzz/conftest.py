@@ -1,7 +1,7 @@
 """Profiles of the fuzz tests, and the tally of their cases at the end of a session.
 
-As a part of all tests each is a fixed draw of cases; `--hypothesis-profile=fuzz` (`make fuzz`) draws ten times as
-many, others at each call.
+As a part of all tests each is a fixed draw of cases; `--hypothesis-profile=fuzz` (`make fuzz`) draws 25 times as many,
+others at each call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import fuzzing
 import pytest
 from hypothesis import settings
 
-settings.register_profile("fuzz", max_examples=1000, derandomize=False, print_blob=True)
+settings.register_profile("fuzz", max_examples=fuzzing.FUZZ, derandomize=False, print_blob=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
