@@ -35,8 +35,9 @@ def validate(
 
     if study is None and not (os.path.isfile(file) and _is_cluster_file(file)):
         found = study_file.load(file, overrides=set_ or [])
-        trials = found.search.num_trials * len(found.pretrain.objectives)
-        echo(f"{file}: fine ({len(found.pretrain.objectives)} pretrain objectives, {trials} trials)")
+        objectives = len(found.pretrain.objectives)
+        trials = found.search.trials_each * objectives
+        echo(f"{file}: fine ({_counted(objectives, 'pretrain objective')}, {_counted(trials, 'trial')})")
         return
     if set_ and study is None:
         raise StudyError("--set is of studies", where="--set", fix="say which one this cluster is for, with --study")
@@ -49,6 +50,10 @@ def validate(
         echo(f"  {line}")
     for note in verdict.notes:
         echo(f"  note: {note}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _is_cluster_file(file: str) -> bool:

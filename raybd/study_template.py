@@ -105,7 +105,8 @@ def _sections(known: Known, name: str) -> Iterator[tuple[str, Any]]:
     yield "data", [("root", known.data), ("#: max_train_samples", 200_000), ("#: classes", "imagenet")]
     start: _Settings = [("start", known.start)] if known.start else [("#: start", "model.safetensors")]
     yield "model", [("name", known.model or "RN50"), *start, ("#: pretrained", "openai")]
-    trigger = {"name": "badnet", "size": 16, "pattern": "noise", "placement": "random"}
+    tiny = (known.model or "").endswith("-tiny-32")  # raybd's own: small images, and faster steps than the paper's
+    trigger = {"name": "badnet", "size": 4 if tiny else 16, "pattern": "noise", "placement": "random"}
     # A suspect checkpoint is poisoned already: the plan only keeps a pair out of the cleaning set.
     amount: _Settings = [("num_poisoned", 1)] if known.start else [("poison_rate", 0.01), ("#: num_poisoned", 1500)]
     yield "poison", [("trigger", trigger), ("target_class", known.target_class), *amount]
@@ -116,12 +117,12 @@ def _sections(known: Known, name: str) -> Iterator[tuple[str, Any]]:
             "mmcl": {"loss_weights": {"mmcl": 1, "ssl": 0}},
             "mmcl_ssl": {"loss_weights": {"mmcl": 1, "ssl": 1}},
         }
-        batch = [("batch_size", 256), ("lr", 5e-4), ("warmup_steps", 1000)]
+        batch = [("batch_size", 256), ("lr", 2e-3 if tiny else 5e-4), ("warmup_steps", 50 if tiny else 1000)]
         yield "pretrain", [("epochs", 30), *batch, ("objectives", objectives)]
     samples = ("num_samples", _num_samples(known))
     yield "clean", [("method", "cleanclip"), samples, ("batch_size", 64), ("#: leaked_poison", 5)]
     space = {
-        "lr": {"low": 1e-6, "high": 1e-3, "log": True},
+        "lr": {"low": 5e-4, "high": 2e-2, "log": True} if tiny else {"low": 1e-6, "high": 1e-3, "log": True},
         "loss_weights.ssl": {"choices": [0, 1, 4]},
         "epochs": {"low": 5, "high": 20},
     }

@@ -477,6 +477,9 @@ def test_the_command_tells_cluster_files_from_studies(tmp_path: Path) -> None:
     assert (code, said.splitlines()[0]) == (2, "--set: --set is of studies")
     assert run(str(tmp_path / "none.yaml"), "--study", str(STUDY))[1].startswith(f"{tmp_path}/none.yaml: no such clust")
     assert run(str(STUDY)) == (0, f"{STUDY}: fine (2 pretrain objectives, 4 trials)\n")
+    assert run("small/methods") == (0, "small/methods: fine (1 pretrain objective, 15 trials)\n")
+    # A grid has no more trials than points.
+    assert "(2 pretrain objectives, 10 trials)" in run("small/grid", "--set", "search.num_trials=99")[1]
     path.write_text("cluster_name: [\n")
     assert run(str(path))[0] == 2
 

@@ -131,6 +131,16 @@ def test_the_plan_of_what_it_writes(tmp_path: Path) -> None:
     assert (shown.exit_code, bool(json.loads(shown.stdout))) == (0, True)
 
 
+@pytest.mark.parametrize(("model", "highest", "size"), [("resnet-tiny-32", 2e-2, 4), ("ViT-B-32", 1e-3, 16)])
+def test_small_models_are_cleaned_with_larger_steps_and_small_images_have_small_triggers(
+    model: str, highest: float, size: int
+) -> None:
+    text = study_template.write(Known(data="d", target_class="t", model=model), name="mine", schema=study_schema.path())
+    study = study_file.parse(text, source="s")
+    assert study.search.space["lr"].high == highest
+    assert study.poison.trigger.model_dump()["size"] == size
+
+
 def test_a_file_that_is_there_is_replaced_by_force_only(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("precious", encoding="utf-8")

@@ -37,7 +37,7 @@ CHANGES = {
     "small/backbone_vit": ("demo", ("model.name",)),
     "small/halving": ("small/grid", ("clean.schedule",)),
     "paper/cc3m_halving": ("paper/cc3m_grid", ()),
-    "small/methods": ("demo", ("pretrain.objectives", "clean.epochs", "clean.deep_clustering", "clean.abd")),
+    "small/methods": ("demo", ("pretrain.objectives", "clean.deep_clustering", "clean.abd")),
 }
 
 
