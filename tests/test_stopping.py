@@ -86,6 +86,11 @@ def test_each_place_goes_to_the_trial_that_adds_most(found: Points) -> None:
             return
 
 
+@given(trials, st.integers(0, 13))
+def test_the_first_of_all_are_the_same_where_no_more_are_wanted(found: Points, most: int) -> None:
+    assert ranked(found, most=most) == ranked(found)[:most]
+
+
 @given(trials)
 def test_a_trial_of_a_later_layer_is_dominated_by_those_before(found: Points) -> None:
     order = ranked(found)

@@ -60,14 +60,14 @@ def test_most_sheets_are_drawn_line_by_line(monkeypatch: pytest.MonkeyPatch) -> 
     table.add_row("t-1", "0.50", style="red", end_section=True)
     table.add_row("t-2")
     assert printed(table, width=100).splitlines() == [
-        "title            ",
-        "                 ",
-        "          report ",
-        "   trial   ASR % ",
-        " ─────────────── ",
-        "     t-1    0.50 ",
-        "                 ",
-        "     t-2         ",
-        "                 ",
-        "caption          ",
+        "title          ",
+        "               ",
+        "        report ",
+        " trial   ASR % ",
+        " ───────────── ",
+        "   t-1    0.50 ",
+        "               ",
+        "   t-2         ",
+        "               ",
+        "caption        ",
     ]

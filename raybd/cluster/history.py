@@ -163,9 +163,9 @@ class History:
         if len(trials) - len(self._waited_for) < 2 * self._shown:
             return
         ended = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-        names = {f"{trial.number:06d}": trial for trial in ended}
-        order = [names[name] for name in stopping.ranked({n: [_values(t)] for n, t in names.items()})]
-        best, rest = order[:_BEST], sorted(order[_BEST:], key=lambda trial: trial.number)
+        named = {f"{trial.number:06d}": trial for trial in ended}
+        best = [named.pop(name) for name in stopping.ranked({n: [_values(t)] for n, t in named.items()}, most=_BEST)]
+        rest = sorted(named.values(), key=lambda trial: trial.number)
         draw = random.Random(fork(self._seed, "history", self._halvings))
         kept = [*best, *draw.sample(rest, min(len(rest), self._shown - _BEST))]
         self.optuna, self._halvings = self._empty(), self._halvings + 1
