@@ -1,9 +1,10 @@
 """What does a sweep of many short trials cost beyond the trials themselves?
 
     python benchmarks/sweep_overhead.py
+    python benchmarks/sweep_overhead.py --trials 8 --samples 4400 --alone 1    # trials of about a minute
 
-A real search on Ray, its trials real cleanings of about three seconds each; then the very same trials one after another
-in one process, without Ray and without a driver that writes tables and fronts.
+A real search on Ray, its trials real cleanings of about three seconds each; then the very same trials, or some of them,
+one after another in one process, without Ray and without a driver that writes tables and fronts.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Result:
         first_trial_seconds: of these, until the first trial began: processes start and import.
         driver_cpu_seconds: of the driver's own process, meanwhile.
         inside_seconds: sum of the trials' own clocks, in the sweep.
-        alone_seconds: of the same trials, one after another, each from its first to its last record.
+        alone_seconds: of the same trials, one after another, each from its first to its last record; where only some
+            were, as if the others took as long.
         at_once: how many trials ran side by side.
     """
 
@@ -69,6 +71,11 @@ class Result:
     def over_inside(self) -> float:
         """Return wall time over what the trials themselves say that they took, side by side."""
         return self.wall_seconds * self.at_once / self.inside_seconds
+
+    @property
+    def warm_over_inside(self) -> float:
+        """Return the same from the first trial's beginning on."""
+        return (self.wall_seconds - self.first_trial_seconds) * self.at_once / self.inside_seconds
 
 
 class _Timed(Run):
@@ -104,7 +111,9 @@ def alone(study: Study, store: Store, entries: list[Entry], folder: str) -> list
         other.put(name, store.get(name))
     for count, entry in enumerate([entries[0], *entries]):
         started = entry.started
-        number = len(entries) if count == 0 else started["number"]  # the first one warms up, under a number of its own
+        number = (
+            study.search.trials_each if count == 0 else started["number"]
+        )  # the first one warms up, under a number of its own
         id = f"{started['objective']}-{number:04d}"
         task = Assignment(id, number, started["objective"], started["pretrain_id"], started["params"])
         began = time.perf_counter()
@@ -113,14 +122,14 @@ def alone(study: Study, store: Store, entries: list[Entry], folder: str) -> list
     return took[1:]
 
 
-def run(study: Study, folder: Path) -> tuple[Result, list[float]]:
-    """Run a sweep in a new folder, then its trials alone. Errors: SystemExit where a trial failed."""
+def run(study: Study, folder: Path, *, some: int) -> tuple[Result, list[float]]:
+    """Run a sweep in a new folder, then some of its trials alone. Errors: SystemExit where a trial failed."""
     store = Store(str(folder / "sweep"))
     sweep = _Timed(study, store, View())
     if sweep.run(Stage.SEARCH).failed:
         raise SystemExit(f"trials failed: see {store.uri}")
     entries = Ledger(store).entries(Kind.TRIAL)
-    took = alone(study, store, entries, str(folder / "alone"))
+    took = alone(study, store, entries[:some], str(folder / "alone"))
     result = Result(
         trials=len(entries),
         at_once=sweep.share.concurrent_trials,
@@ -128,7 +137,7 @@ def run(study: Study, folder: Path) -> tuple[Result, list[float]]:
         first_trial_seconds=sweep.first_trial_seconds,
         driver_cpu_seconds=sweep.cpu_seconds,
         inside_seconds=sum(entry.ended["device_seconds"] for entry in entries if entry.ended),
-        alone_seconds=sum(took),
+        alone_seconds=sum(took) / len(took) * len(entries),
     )
     return result, took
 
@@ -145,6 +154,7 @@ def table(result: Result, took: list[float]) -> str:
         ("sweep ÷ (trials alone ÷ side by side)", f"{result.over_alone:.2f}"),
         ("from its first trial on ÷ (trials alone ÷ side by side)", f"{result.warm_over_alone:.2f}"),
         ("sweep ÷ (trials in the sweep ÷ side by side)", f"{result.over_inside:.2f}"),
+        ("from its first trial on ÷ (trials in the sweep ÷ side by side)", f"{result.warm_over_inside:.2f}"),
     ]
     return "\n".join(["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
@@ -154,12 +164,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--samples", type=int, default=150, help="cleaning pairs of a trial: how long it takes")
+    parser.add_argument("--alone", type=int, help="how many of them are run alone, too; default: all")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the study")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     study = study_of(options.set, trials=options.trials, samples=options.samples)
     with tempfile.TemporaryDirectory() as folder:
-        result, took = run(study, Path(folder))
+        result, took = run(study, Path(folder), some=options.alone or options.trials)
     where = setting("ray", "optuna", "torch")
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(table(result, took))
@@ -168,6 +179,7 @@ def main() -> None:
         "over_alone": result.over_alone,
         "warm": result.warm_over_alone,
         "over_inside": result.over_inside,
+        "warm_over_inside": result.warm_over_inside,
         "took": took,
     }
     options.json.write_text(json.dumps({"setting": where, **figures}, indent=1))
