@@ -1,7 +1,7 @@
 """What does a sweep of many short trials cost beyond the trials themselves?
 
     python benchmarks/sweep_overhead.py
-    python benchmarks/sweep_overhead.py --trials 8 --samples 4400 --alone 1    # trials of about a minute
+    python benchmarks/sweep_overhead.py --trials 8 --samples 1900 --set clean.epochs=5 --alone 1  # a minute each
 
 A real search on Ray, its trials real cleanings of about three seconds each; then the very same trials, or some of them,
 one after another in one process, without Ray and without a driver that writes tables and fronts.
