@@ -10,17 +10,15 @@ import pyarrow.parquet as pq
 
 from raybd.columns import numbers
 from raybd.errors import DataError
-from raybd.store import Fill
 
 _TAIL = 8  # length of the footer, 4 bytes, and the mark at the end of a file
 # A few kilobytes may stand for any number of rows, and for any length of text in them.
 _MAX_CELLS = 20_000_000  # rows x columns
 _MAX_BYTES = 256 << 20  # of a file unpacked, and of all its texts
 _SMALL = 1 << 20
-_FURTHER = 100  # bytes that Arrow looks further in files of old writers
 
 
-def read(content: bytes | memoryview, *, where: str, columns: Collection[str], encoded: bool = False) -> pa.Table:
+def read(content: bytes, *, where: str, columns: Collection[str], encoded: bool = False) -> pa.Table:
     """Return a Parquet file's columns as Parquet has them: numbers, texts, times; and its key-value metadata.
 
     The Arrow schema that a file may embed is not looked at: it can name extension types, and a process that has
@@ -56,48 +54,11 @@ def read(content: bytes | memoryview, *, where: str, columns: Collection[str], e
     return table
 
 
-def some(size: int, fill: Fill, *, columns: Collection[str]) -> memoryview:
-    """Return a file as far as `read` looks at it for some columns, and zeros for the rest, which takes no memory.
-
-    Args:
-        size: of the file.
-        fill: fills a buffer with its bytes from a place on.
-    """
-    content = np.zeros(size, dtype=np.uint8).data
-    if size <= _SMALL:
-        fill(0, content)
-        return content
-    fill(size - _TAIL, content[-_TAIL:])
-    start = _footer_start(content)
-    fill(start, content[start:])
-    try:
-        needed = _needed(_metadata(content), columns)
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
-        needed = [(0, size)]  # `read` says what is wrong with it
-    done = 0
-    for first, last in sorted(needed):
-        if (begin := max(first, done)) < (end := min(last, size)):
-            fill(begin, content[begin:end])
-            done = end
-    return content
-
-
-def _needed(meta: pq.FileMetaData, columns: Collection[str]) -> list[tuple[int, int]]:
-    """Return where in a file the values of some columns are: first bytes and ends."""
-    found = []
-    kept = [i for i in range(meta.num_columns) if meta.schema.column(i).path in columns]
-    for group in map(meta.row_group, range(meta.num_row_groups)):
-        for chunk in map(group.column, kept):
-            first = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-            found.append((max(0, first), first + chunk.total_compressed_size + _FURTHER))
-    return found
-
-
-def _footer_start(content: bytes | memoryview) -> int:
+def _footer_start(content: bytes) -> int:
     return max(0, len(content) - _TAIL - int.from_bytes(content[-_TAIL:-4], "little"))
 
 
-def _metadata(content: bytes | memoryview) -> pq.FileMetaData:
+def _metadata(content: bytes) -> pq.FileMetaData:
     """Return what the footer says, without the Arrow schema. Errors: of Arrow, on what is no footer."""
     # Within the footer, whose other parts hold their lengths: a key that nothing looks for, of the same length. The
     # file itself is not copied: that would take as long as to read some columns.

@@ -16,9 +16,8 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -42,10 +41,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 T = TypeVar("T")
-# Fills a buffer with the bytes of a file from a place on.
-Fill = Callable[[int, memoryview], None]
-# Returns what is needed of a file of a size, as long as the file.
-Some = Callable[[int, Fill], bytes | memoryview]
 
 
 def credentials_form(ends: str = "") -> re.Pattern[str]:
@@ -142,34 +137,19 @@ class Store:
 
     def get(self, name: str) -> bytes:
         """Return a file's bytes. Errors: DataError if it is not there."""
-        return self._got(name, lambda: self._read(name))
-
-    def _got(self, name: str, read: Callable[[], T]) -> T:
         try:
-            return self.patiently("read", name, read, answers=(FileNotFoundError,))
+            return self.patiently("read", name, lambda: self._read(name), answers=(FileNotFoundError,))
         except FileNotFoundError:
             raise DataError("no such file in the run directory", where=self.path(name)) from None
 
-    @overload
-    def get_each(self, names: Sequence[str]) -> Iterator[bytes]: ...
-
-    @overload
-    def get_each(self, names: Sequence[str], *, some: Some | None) -> Iterator[bytes | memoryview]: ...
-
-    def get_each(self, names: Sequence[str], *, some: Some | None = None) -> Iterator[bytes | memoryview]:
+    def get_each(self, names: Sequence[str]) -> Iterator[bytes]:
         """Yield the bytes of files, in the order of their names.
 
         Each file of a bucket costs a wait for its answer, so some are fetched ahead, side by side; no more than
         `_SIDE_BY_SIDE` are held. A local disk answers at once, and its files are read one by one.
 
-        Args:
-            some: what is needed of each file, where it is on a local disk; all of it by default.
-
         Errors: as of `get`, when it is the turn of the file that has them.
         """
-        if self.local and some:
-            yield from (self._got(name, partial(self._read_some, name, some)) for name in names)
-            return
         if self.local or len(names) < 2:
             yield from map(self.get, names)
             return
@@ -193,18 +173,6 @@ class Store:
     def _read(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.path(name)) as stream:
             return bytes(stream.read())
-
-    def _read_some(self, name: str, some: Some) -> bytes | memoryview:
-        with open(self.path(name), "rb", buffering=0) as file:
-
-            def fill(start: int, view: memoryview) -> None:
-                file.seek(start)
-                while len(view):
-                    if not (count := file.readinto(view)):
-                        raise OSError(errno.EIO, "the file ends before its end")
-                    view = view[count:]
-
-            return some(os.fstat(file.fileno()).st_size, fill)
 
     def exists(self, name: str) -> bool:
         """Say whether a file is there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -302,8 +302,7 @@ def read(store: Store, table: str, *, columns: Collection[str] | None = None, en
     found: list[tuple[str, pa.Table]] = []
     try:
         names = store.names(f"tables/{table}", suffix=".parquet")
-        some = None if columns is None else partial(parquet.some, columns=schema.names)
-        for name, content in zip(names, store.get_each(names, some=some), strict=True):
+        for name, content in zip(names, store.get_each(names), strict=True):
             where = store.path(name)
             found.append((where, _part(content, schema, where)))
     except DataError:
@@ -327,7 +326,7 @@ def searched(trial: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _part(content: bytes | memoryview, schema: pa.Schema, where: str) -> pa.Table:
+def _part(content: bytes, schema: pa.Schema, where: str) -> pa.Table:
     """Return a part of a table, texts as dictionaries. Errors: DataError."""
     part = parquet.read(content, where=where, columns=schema.names, encoded=True)
     version = (part.schema.metadata or {}).get(b"raybd.schema_version", b"")

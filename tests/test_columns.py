@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import plain_analysis as plain
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -283,58 +285,33 @@ def test_texts_that_are_no_utf_8_are_refused_as_dictionaries_too(tmp_path: Path)
             parquet.read(path.read_bytes(), where="", columns=["trial_id"], encoded=encoded)
 
 
-def outcome(content: bytes | memoryview) -> object:
-    """Return what is read of a file, as rows, or why it is refused."""
-    try:
-        return repr(parquet.read(content, where="", columns=("trial_id", "epoch", "loss"), encoded=True).to_pylist())
-    except DataError as error:
-        return str(error).split(":")[0]
+class OwnKeys(encryption.KmsClient):
+    """Keys that are kept with what they lock."""
+
+    def __init__(self, config: encryption.KmsConnectionConfig) -> None:
+        super().__init__()
+
+    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64decode(wrapped_key)
 
 
-def some_of(content: bytes) -> memoryview:
-    def fill(start: int, view: memoryview) -> None:
-        view[:] = content[start : start + len(view)]
-
-    return parquet.some(len(content), fill, columns=("trial_id", "epoch", "loss"))
-
-
-def test_what_is_left_out_of_a_file_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also of a file that is damaged anywhere, and of one in several pieces."""
-    monkeypatch.setattr(parquet, "_SMALL", 64)
-    epochs, _ = drawn(3)
-    table = pa.Table.from_pylist(epochs, schema=tables.SCHEMAS["epochs"])
-    path = tmp_path / "e.parquet"
-    pq.write_table(table, path, row_group_size=len(table) // 3)
-    content, dice = path.read_bytes(), random.Random(0)
-    some = some_of(content)
-    assert len(some) == len(content)
-    assert bytes(some) != content
-    assert outcome(some) == outcome(content)
-    kinds = set()
-    for _ in range(60):
-        bad = bytearray(content)
-        bad[dice.choice([dice.randrange(len(bad)), len(bad) - 1 - dice.randrange(6000)])] = dice.randrange(256)
-        found = outcome(some_of(bytes(bad)))
-        kinds.add(str(found)[:10])
-        assert found == outcome(bytes(bad))
-    assert len(kinds) > 1
-    for length in (0, 1, 7, 8, 9, 63, 64, 65, len(content) - 1):
-        assert outcome(some_of(content[:length])) == outcome(content[:length])
-
-
-def test_large_tables_are_read_in_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    store, rows = Store(str(tmp_path)), drawn(3)[0]
-    tables.write(store, "epochs", "e", rows)
-    expected = repr(tables.read(store, "epochs", columns=points.COLUMNS).to_pylist())
-    monkeypatch.setattr(parquet, "_SMALL", 64)
-    filled, seen = parquet.some, list[int]()
-
-    def counted(size: int, fill: Any, *, columns: Any) -> memoryview:
-        return filled(size, lambda start, view: (seen.append(len(view)), fill(start, view))[1], columns=columns)
-
-    monkeypatch.setattr(parquet, "some", counted)
-    assert repr(tables.read(store, "epochs", columns=points.COLUMNS).to_pylist()) == expected
-    assert 0 < sum(seen) < (tmp_path / "tables/epochs/e.parquet").stat().st_size
+@pytest.mark.parametrize("open_footer", [True, False])
+def test_a_file_with_locked_columns_is_refused(*, open_footer: bool, tmp_path: Path) -> None:
+    """Asked for where such a column lies, Arrow ends the process."""
+    locked = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"k": ["trial_id"]}, plaintext_footer=open_footer
+    )
+    keys = encryption.CryptoFactory(OwnKeys).file_encryption_properties(encryption.KmsConnectionConfig(), locked)
+    store = Store(str(tmp_path))
+    tables.write(store, "epochs", "e", drawn(3)[0])
+    path = tmp_path / "tables" / "epochs" / "e.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows, path, encryption_properties=keys)
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        tables.read(store, "epochs", columns=points.COLUMNS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 17, 300, 100_000])
