@@ -55,7 +55,7 @@ def _driver(store: Store) -> Iterator[str]:
         if job.waits:
             yield f"  what Ray says of it: {jobs.look_command(job.address, job.id)}"
         if job.overdue and job.command:
-            yield f"  to submit it again: {job.command}"
+            yield f"  to submit it again: {job.command.splitlines()[0]}"  # one line: it may be anybody's text
 
 
 def _lines(store: Store) -> Iterator[str]:
