@@ -306,7 +306,7 @@ def _part(stage: str, objective: str, runs: Sequence[_Run], study: Study, found:
     )
     looks = [_looks(settings) for settings, _, _ in runs]
     if stage == "clean":
-        looks[0] += 1  # the poisoned model, once for all trials
+        looks[0] += 1  # the poisoned model, once for all trials of a process; how many there are is not known
     epochs = sum(settings.epochs for settings, _, _ in runs)
     longest = epochs if stage == "pretrain" or study.search.sampler is Sampler.GRID else len(runs) * _longest(study)
     hours = None

@@ -11,7 +11,8 @@ from hypothesis import settings
 
 # Ray's workers are nicer than other processes: beside another test that computes, they would hardly get on.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# A busy machine is no failure. Of a property that holds, tens of examples say what hundreds do: `make fuzz` draws many.
+# A busy machine is no failure. Of a property that holds, tens of examples say what hundreds do; the fuzz tests, whose
+# cases are broken in many ways, draw many by `make fuzz`.
 settings.register_profile("unhurried", deadline=None, max_examples=40)
 settings.load_profile("unhurried")
 

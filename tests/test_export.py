@@ -442,7 +442,9 @@ def test_the_command_writes_below_exports_where_nothing_else_is_said(
 
 
 def test_a_mistake_waits_for_no_torch(run: Store, tmp_path: Path) -> None:
-    for modules in loaded_by(["export", "--help"], ["export", str(tmp_path), "x"], ["export", run.uri, "one-0007:1"]):
+    loaded = loaded_by(["export", "--help"], ["export", str(tmp_path), "x"], ["export", run.uri, "one-0007:1"])
+    assert len(loaded) == 3
+    for modules in loaded:
         assert not modules & {"torch", "ray", "optuna", "open_clip", "torchvision"}
 
 
