@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from raybd import provenance
@@ -53,4 +51,4 @@ def here_chosen(study: Study, taken: footprint.Footprint, *, gpus: int) -> share
     wanted, trials = study.resources, study.search.trials_each * len(study.pretrain.objectives)
     at_once = trials if wanted.concurrent_trials == "auto" else min(wanted.concurrent_trials, trials)
     cores = provenance.cores() // wanted.cpus_per_trial // gpus
-    return shares.choose(taken, cores=cores, wanted=math.ceil(at_once / gpus))
+    return shares.choose(taken, cores=cores, wanted=shares.for_each_gpu(at_once, gpus=gpus))

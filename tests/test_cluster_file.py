@@ -312,7 +312,7 @@ def test_a_fine_file_says_what_there_may_be_and_what_the_study_takes() -> None:
         "0 to 4 × gpu_spot (g5.2xlarge): 8 CPUs and 1 GPU",
         "0 to 1 × gpu4_spot (g5.12xlarge): 48 CPUs and 4 GPUs",
         "beside the head at most 4",
-        "study tiny: 4 pretraining workers of 1 CPU and a GPU, 1 trial at once of 1 CPU and 1 GPU at most",
+        "study tiny: 4 pretraining workers of 1 CPU and a GPU, 1 trial at once of 1 CPU and 1 GPU",
     )
     assert verdict.notes == (
         "auto counts what is there at the start: resources.concurrent_trials=1; say more with --set",

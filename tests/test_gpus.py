@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,10 @@ def test_the_machine_with_fewest_cores_for_a_gpu_decides() -> None:
 @pytest.mark.parametrize(
     ("asked", "workers", "there", "left", "wanted"),
     [
-        ("auto", 1, 4, 20, 5),
+        ("auto", 1, 4, 20, 6),
+        ("auto", 1, 8, 9, 1),
+        ("auto", 1, 4, 6, 1),
+        ("auto", 1, 8, 15, 2),
         ("auto", 1, 4, 3, 1),  # a GPU for each
         ("8", 1, 4, 20, 2),
         ("4", 4, 1, 20, 1),  # three GPUs are to come
@@ -141,6 +145,8 @@ def test_no_gpu_is_left_without_a_trial(asked: str, workers: int, there: int, le
     study = tiny(f"resources.concurrent_trials={asked}")
     share = replace(GPU, num_workers=workers)
     assert gpus.wanted_for(study, share, gpus=there, trials=left) == wanted
+    at_once, most = min(left, int(asked) if asked != "auto" else left), max(there, workers)
+    assert math.ceil(at_once / wanted) >= min(most, at_once), "GPUs that Ray uses, one filled before the next"
 
 
 def test_what_is_chosen_becomes_what_ray_is_asked_for() -> None:
@@ -156,6 +162,8 @@ def test_what_is_chosen_becomes_what_ray_is_asked_for() -> None:
     assert few.concurrent_trials == 3
     alone = gpus._settled(study, share, shares.whole("unknown"), {"CPU": 32.0, "GPU": 2.0})
     assert alone == share
+    # Machines that were let go meanwhile come again.
+    assert gpus._settled(study, share, shares.whole("unknown"), {"CPU": 16.0, "GPU": 1.0}) == share
 
 
 def test_a_share_that_a_study_gives_is_one_of_memory_too() -> None:
@@ -283,14 +291,15 @@ def test_a_trial_that_cannot_be_measured_says_why() -> None:
 
 
 def test_a_plan_says_what_it_knows_of_shares() -> None:
-    study, found = tiny("resources.use_gpu=true"), Sizes(pairs=256, images=480, classes=9, how="given")
+    study = tiny("resources={use_gpu: true, gpus_per_trial: auto}")
+    found = Sizes(pairs=256, images=480, classes=9, how="given")
     for probe, elsewhere in ((False, False), (True, True)):
         told = plan_sharing.told(study, found, probe=probe, elsewhere=elsewhere)
         assert told is not None
         assert told.startswith("GPUs: counted as one for each trial. resources.gpus_per_trial is auto")
     plan = Plan("tiny", found, Sampler.TPE, False, 0, (), None, Storage(*[0] * 6), sharing=told)  # noqa: FBT003
     assert told in planned.lines(plan.as_dict(), gpu_wanted=True)
-    for settled in ("resources.use_gpu=false", "resources.gpus_per_trial=0.5"):
+    for settled in ("resources={use_gpu: false, gpus_per_trial: auto}", "resources.gpus_per_trial=0.5"):
         assert plan_sharing.told(tiny(settled), found, probe=False, elsewhere=True) is None
     # Four trials in all, on two GPUs.
     assert plan_sharing.here_chosen(tiny("resources={use_gpu: true}"), FOUND, gpus=2).trials <= 2

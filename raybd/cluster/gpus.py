@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from raybd.cluster import shares
 from raybd.cluster.session import Share, resolve, uninterrupted
 from raybd.cluster.shares import Choice
-from raybd.errors import RaybdError
 from raybd.failures import message_of
 from raybd.study import Study
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from raybd.train.footprint import Footprint  # imports torch
 
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger(__name__)
@@ -43,7 +40,7 @@ def settle(study: Study, share: Share, *, prompts: int, trials: int) -> tuple[Sh
         found: Footprint = uninterrupted(lambda: ray.get(_measuring(study, prompts=prompts, cpus=share.cpus_per_trial)))
         nodes = gpu_nodes(ray.nodes())
         found = replace(found, total=min([found.total, *uninterrupted(lambda: _sizes(nodes))]))
-    except (RaybdError, RayError) as error:
+    except Exception as error:  # whatever it is, no search ends for it
         choice = shares.whole(f"what one takes is not known: {message_of(_cause(error))}")
     else:
         choice = shares.choose(
@@ -64,6 +61,8 @@ def _settled(study: Study, share: Share, choice: Choice, have: Mapping[str, floa
     wanted = study.resources.model_copy(update={"use_gpu": True, "gpus_per_trial": choice.share})
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
     trials = resolve(wanted, cpus=cpus, gpus=gpus, may_grow=True).concurrent_trials
+    # Machines that were idle meanwhile may be gone, and come again.
+    trials = max(trials, share.concurrent_trials) if wanted.concurrent_trials == "auto" else trials
     return replace(share, gpus_per_trial=choice.share, beside=choice.beside, concurrent_trials=trials)
 
 
@@ -82,13 +81,13 @@ def cores_for(nodes: Sequence[Mapping[str, Any]], *, cpus_per_trial: int) -> int
 
 
 def wanted_for(study: Study, share: Share, *, gpus: int, trials: int) -> int:
-    """Return how many trials there may be for a GPU: Ray fills one before the next, which would stay without.
+    """Return how many trials there may be for a GPU with none left without.
 
     A cluster that grows will have as many GPUs as the study asks for workers.
     """
     asked = study.resources.concurrent_trials
     at_once = trials if asked == "auto" else min(asked, trials)
-    return math.ceil(at_once / max(1, gpus, share.num_workers))
+    return shares.for_each_gpu(at_once, gpus=max(gpus, share.num_workers))
 
 
 def _measuring(study: Study, *, prompts: int, cpus: int) -> ray.ObjectRef[Any]:

@@ -55,6 +55,15 @@ def fraction(trials: int) -> float:
     return _UNITS // trials / _UNITS
 
 
+def for_each_gpu(trials: int, *, gpus: int) -> int:
+    """Return how many trials may share a GPU so that none is left without one: Ray fills a GPU before the next.
+
+    Args:
+        trials: at once on all GPUs.
+    """
+    return max(1, trials if gpus <= 1 else (trials - 1) // (gpus - 1))
+
+
 def whole(reason: str) -> Choice:
     """Return the choice where nothing could be measured: a GPU for each trial."""
     return Choice(1, 1.0, 0.0, reason)

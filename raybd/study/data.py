@@ -53,7 +53,7 @@ class Resources(Section):
     concurrent_trials: PositiveInt | Literal["auto"] = Field("auto", description="trials at a time")
     cpus_per_trial: PositiveInt = Field(1, description="cores of a trial")
     gpus_per_trial: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
-        "auto",
+        1.0,
         description="share of a GPU that a trial has, of its memory too: one that needs more fails as out_of_memory. "
         "auto: before the search the heaviest trial is measured, then as many share a GPU as four fifths of the "
         "smallest one's memory hold and cores are there for, at most 4: how they slow each other is not measured",
