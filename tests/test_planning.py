@@ -346,7 +346,7 @@ def test_speed_is_given_or_left_open() -> None:
 
 def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    on_gpus = ["--set", "resources.use_gpu=true"]
+    on_gpus = ["--set", "resources={use_gpu: true, gpus_per_trial: auto}"]
     done = runner.invoke(app, ["run", str(TINY), "--dry-run", "--tflops", "1", *on_gpus])
     assert done.exit_code == 0, done.output
     assert "pretrain mmcl_ssl" in done.output
