@@ -265,8 +265,12 @@ def main() -> None:
     torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))
     device = torch.device(given.device)
     study = load(given.study, overrides=[*given.set, *([f"data.root={given.root}"] if given.root else [])])
-    how = {"rounds": given.rounds, "workers": given.workers, "eda_each_epoch": given.eda == "epoch"}
-    how |= {"compiled": given.compile}
+    how = {
+        "rounds": given.rounds,
+        "workers": given.workers,
+        "eda_each_epoch": given.eda == "epoch",
+        "compiled": given.compile,
+    }
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(study, device, folder=folder, **how)
         bench.run()

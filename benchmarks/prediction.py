@@ -20,7 +20,6 @@ from setting import setting
 from raybd import costs, planning
 from raybd.clean import registry
 from raybd.console import View
-from raybd.data.prompts import templates
 from raybd.ledger import Entry, Kind, Ledger
 from raybd.stages import Run, Stage
 from raybd.store import Store
@@ -84,7 +83,7 @@ class Comparison:
 
     def _look(self) -> float:
         study, sizes = self._study, self._sizes
-        prompts = (sizes.classes or 0) * len(templates(study.evaluation.templates, field="evaluation.templates"))
+        prompts = planning.prompt_count(study, sizes)
         passes = 1 + len(study.poison.attacks) + len(study.evaluation.controls)
         return costs.evaluation_cost(study.model.name, images=sizes.images, passes=passes, prompts=prompts)
 

@@ -49,6 +49,7 @@ def told(study: Study, found: Sizes, *, probe: bool, elsewhere: bool) -> str | N
 def here_chosen(study: Study, taken: footprint.Footprint, *, gpus: int) -> shares.Choice:
     """Return how many trials would share a GPU of this machine, which has so many, alike."""
     wanted, trials = study.resources, study.search.trials_each * len(study.pretrain.objectives)
-    at_once = trials if wanted.concurrent_trials == "auto" else min(wanted.concurrent_trials, trials)
     cores = provenance.cores() // wanted.cpus_per_trial // gpus
-    return shares.choose(taken, cores=cores, wanted=shares.for_each_gpu(at_once, gpus=gpus))
+    return shares.choose(
+        taken, cores=cores, wanted=shares.for_each_gpu(wanted.concurrent_trials, trials=trials, gpus=gpus)
+    )

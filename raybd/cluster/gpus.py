@@ -85,9 +85,7 @@ def wanted_for(study: Study, share: Share, *, gpus: int, trials: int) -> int:
 
     A cluster that grows will have as many GPUs as the study asks for workers.
     """
-    asked = study.resources.concurrent_trials
-    at_once = trials if asked == "auto" else min(asked, trials)
-    return shares.for_each_gpu(at_once, gpus=max(gpus, share.num_workers))
+    return shares.for_each_gpu(study.resources.concurrent_trials, trials=trials, gpus=max(gpus, share.num_workers))
 
 
 def _measuring(study: Study, *, prompts: int, cpus: int) -> ray.ObjectRef[Any]:

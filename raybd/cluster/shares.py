@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raybd.report.planned import size
 
@@ -55,13 +55,15 @@ def fraction(trials: int) -> float:
     return _UNITS // trials / _UNITS
 
 
-def for_each_gpu(trials: int, *, gpus: int) -> int:
+def for_each_gpu(concurrent: int | Literal["auto"], *, trials: int, gpus: int) -> int:
     """Return how many trials may share a GPU so that none is left without one: Ray fills a GPU before the next.
 
     Args:
-        trials: at once on all GPUs.
+        concurrent: `resources.concurrent_trials`, on all GPUs.
+        trials: that there are to run.
     """
-    return max(1, trials if gpus <= 1 else (trials - 1) // (gpus - 1))
+    at_once = trials if concurrent == "auto" else min(concurrent, trials)
+    return max(1, at_once if gpus <= 1 else (at_once - 1) // (gpus - 1))
 
 
 def whole(reason: str) -> Choice:
