@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -40,9 +41,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     make = streaming._items
 
-    def noted(stream: streaming._Stream, *, workers: int) -> Iterator[streaming._Item]:
+    def noted(stream: streaming._Stream, **how: int) -> Iterator[streaming._Item]:
         found.append((stream._wanted.epoch, stream._wanted.last))
-        return make(stream, workers=workers)
+        return make(stream, **how)
 
     monkeypatch.setattr(streaming, "_items", noted)
     return found
@@ -140,6 +141,31 @@ def test_what_goes_to_a_worker_has_neither_captions_nor_their_tokens(images: cac
     assert len(state["_index"].captions) == 0
     with pytest.raises(NotImplementedError):
         state["_prepare"].tokenize(["a dog"])
+
+
+def busy(pid: int) -> int:
+    """Return the CPU time of a process, in ticks."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks in /proc whether a worker is idle")
+def test_while_a_step_is_taken_a_whole_batch_is_read_for_the_next(tmp_path: Path) -> None:
+    made = [shard(tmp_path / f"{n:02}.tar", {f"{n:02}{i}": sample(i) for i in range(50)}) for n in range(12)]
+    before = {child.pid for child in multiprocessing.active_children()}
+    pairs = StreamedPairs(indexed(made), prepare(), size=SIZE, workers=1, shuffle_buffer=1)
+    batches = pairs.epoch(1, batch_size=300)
+    first = next(batches)
+    (worker,) = {child.pid for child in multiprocessing.active_children()} - before
+    assert worker is not None
+    deadline, spent = time.monotonic() + SECONDS, -1
+    while busy(worker) > spent:
+        assert time.monotonic() < deadline
+        spent = busy(worker)
+        time.sleep(1)
+    for path in tmp_path.glob("*.tar"):  # what was not read by now never is
+        path.unlink()
+    (second,) = batches
+    assert len(first.keys) == len(second.keys) == 300
 
 
 def below(pid: int) -> list[int]:

@@ -132,15 +132,16 @@ class StreamedPairs:
             items = begun[1]
         else:
             del begun  # and its workers with it
-            items = self._read(wanted)
+            items = self._read(wanted, ahead=max(counts))
         for count in counts:
             yield self._batch(list(itertools.islice(items, count)), wanted.epoch)
         if wanted.epoch < wanted.last:
             self._reader = replace(wanted, epoch=wanted.epoch + 1), items
 
-    def _read(self, wanted: _Wanted) -> Iterator[_Item]:
+    def _read(self, wanted: _Wanted, *, ahead: int) -> Iterator[_Item]:
         prepare = self._prepare if wanted.views else self._prepare.without_image_views()
-        return _items(_Stream(self._index, prepare, self._size, self._buffer, wanted), workers=self._workers)
+        stream = _Stream(self._index, prepare, self._size, self._buffer, wanted)
+        return _items(stream, workers=self._workers, ahead=ahead)
 
     def _batch(self, items: list[_Item], epoch: int) -> Batch:
         whole = [item for item in items if item.image_CHW is not None]
@@ -162,13 +163,19 @@ class StreamedPairs:
         )
 
 
-def _items(stream: _Stream, *, workers: int) -> Iterator[_Item]:
-    """Yield what loader workers read, epoch after epoch; they end with it, or with this process."""
+def _items(stream: _Stream, *, workers: int, ahead: int) -> Iterator[_Item]:
+    """Yield what loader workers read, epoch after epoch; they end with it, or with this process.
+
+    Args:
+        ahead: samples that all workers together have ready, at least, beside the chunk under way: those of a batch,
+            which are then there when the step before it is done.
+    """
     with tempfile.TemporaryFile() as file:
         loader: DataLoader[_Chunk] = DataLoader(
             _Parcel(stream, file) if workers else stream,
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=max(2, 1 + -(-ahead // (_CHUNK * workers))) if workers else None,
             multiprocessing_context=_context() if workers else None,
             worker_init_fn=_end_with_the_trainer,
         )
