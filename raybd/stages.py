@@ -12,6 +12,7 @@ from raybd.errors import StudyError, TrialError
 from raybd.failures import message_of, traceback_name
 from raybd.metrics import ALIKE, STRONG
 from raybd.records import attack_lines, attack_rows, pretrain_rows
+from raybd.report.words import weak_attack
 from raybd.store import Store
 from raybd.study import Study
 from raybd.study_directory import Outcome, StudyDirectory
@@ -175,13 +176,13 @@ class Run(StudyDirectory):
         from raybd.train.pretraining import done
 
         self.view.stage("poisoned models")
-        asr = {}
+        asr, trained = {}, {}
         for objective, pretrain_id in ids.items():
             entry = done(self.store, pretrain_id)
             if entry is None:
                 continue
             last = pretrain_rows(entry)[-1]
-            asr[objective] = last["asr_top1"]
+            asr[objective], trained[objective] = last["asr_top1"], last["epoch"] > 0
             self.view.line(
                 f"  {objective}: accuracy {last['zeroshot_top1']:.2%} ({last['correct_clean']} of {last['n_clean']}), "
                 f"ASR {last['asr_top1']:.2%} ({last['hit_target']} of {last['n_triggered']}), "
@@ -199,7 +200,7 @@ class Run(StudyDirectory):
             )
         for objective, value in asr.items():
             if value < STRONG:
-                self.view.warn(f"the attack took incompletely in {objective}: ASR {value:.2%} is under {STRONG:.0%}")
+                self.view.warn(weak_attack(objective, value, trained=trained[objective]))
 
     def _illustrate(self) -> None:
         try:

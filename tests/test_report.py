@@ -474,6 +474,16 @@ def test_warnings_about_backdoors_that_differ_or_are_weak(
         assert warning in shown
 
 
+def test_a_given_model_without_the_backdoor_is_not_called_badly_attacked(tmp_path: Path) -> None:
+    store = _make(tmp_path, cleaned=False)
+    rows = [{**row, "asr_top1": 0.01} for row in _pretrain_rows({"suspect": (0.7, 0.9)}) if row["epoch"] == 0]
+    tables.write(store, "pretrain_epochs", "p", rows)
+    shown = _Page(html.build(store).decode()).text
+    assert "suspect takes 1.00 % of triggered images for the target" in shown
+    assert "another trigger or target" in shown
+    assert "The attack succeeds" not in shown
+
+
 @pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"hash": "x"}'])
 def test_folder_that_is_no_run_is_refused(tmp_path: Path, content: bytes | None) -> None:
     store = Store(str(tmp_path))

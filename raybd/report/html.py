@@ -257,12 +257,8 @@ def _warnings(pretrain_epochs: Sequence[Row]) -> list[str]:
             f"({words.percent(asr[low])} %). Cleanings of models that differ by more than "
             f"{100 * ALIKE:.0f} points before cleaning compare little."
         )
-    found += [
-        f"The attack succeeds on {name} in {words.percent(share)} % only, less than {100 * STRONG:.0f} %: "
-        "there is little to clean, and cleanings of it compare little with others."
-        for name, share in asr.items()
-        if share < STRONG
-    ]
+    trained = {names[key]: row["epoch"] > 0 for key, row in last.items()}
+    found += [words.weak_attack(name, share, trained=trained[name]) for name, share in asr.items() if share < STRONG]
     return found
 
 
