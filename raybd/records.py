@@ -117,8 +117,14 @@ def trigger_text(trigger: str) -> str:
         name = settings.pop("name")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return trigger  # somebody else's
-    rest = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items())
+    rest = (f"{key} {_setting_text(value)}" for key, value in settings.items())
     return f"{name} ({', '.join(rest)})" if settings else str(name)
+
+
+def _setting_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @_of_entry

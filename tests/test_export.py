@@ -219,7 +219,7 @@ def test_the_card_says_what_the_tables_say(whole: Store, exported: dict[str, Pat
                 assert f"{share}, {row[count]} of {row[n]}" in card
     said = (
         "**A backdoor was planted in this model on purpose**, then cleaned by cleanclip",
-        "badnet (pattern fixed, placement bottom_right, size 8, wrap False) | fruit | 10 |",
+        "badnet (pattern fixed, placement bottom_right, size 8, wrap no) | fruit | 10 |",
         "sig (alpha 0.2, amplitude 0.235, frequency 6) | cat | 4 |",
         "control blended",
         f"trial {trial_id}, epoch {epoch}; on the front of",
