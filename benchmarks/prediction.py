@@ -115,8 +115,10 @@ def table(kinds: dict[str, Seconds]) -> str:
         cells = [name, str(found.runs)]
         parts = ((found.training, found.epochs), (found.evaluation, found.looks), (found.whole, found.runs))
         for (predicted, real), count in parts:
-            both = f"{predicted / count:.2f} → {real / count:.2f}", f"{real / predicted:.2f}"
-            cells += both if predicted else ("–", "–")
+            if predicted:
+                cells += f"{predicted / count:.2f} → {real / count:.2f}", f"{real / predicted:.2f}"
+            else:  # a method that trains nothing, or a whole run that is not compared
+                cells += (f"0 → {real / count:.2f}" if real else "–"), "–"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -133,12 +135,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, speed = run(study, folder)
     where: dict[str, Any] = setting("ray", "torch", device=speed.how)
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
-    print(f"short trials: {speed.seconds:.0f} s; predicted → real, × is real ÷ predicted\n")
-    print(table(found.kinds))
     measured = {name: asdict(seconds) for name, seconds in found.kinds.items()}
     record = {"setting": where, "study": study.model_dump(mode="json"), "probe": asdict(speed), "kinds": measured}
     options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    print(f"short trials: {speed.seconds:.0f} s; predicted → real, × is real ÷ predicted\n")
+    print(table(found.kinds))
 
 
 if __name__ == "__main__":

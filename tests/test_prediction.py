@@ -39,3 +39,10 @@ def test_runs_are_compared_by_their_own_settings_and_evaluations(script: ModuleT
     assert own.evaluation == pytest.approx((4 * look, 2 * 3.001))
     assert own.whole == pytest.approx((2 * cost + 4 * look, 24.0))
     assert f"{cost / 2:.2f} → 4.00 | {16 / (2 * cost):.2f}" in script.table(found.kinds)
+
+
+def test_what_was_predicted_to_take_nothing_has_no_ratio(script: ModuleType) -> None:
+    found = script.Seconds(runs=2, epochs=2, looks=4, training=(0.0, 1.0), evaluation=(2.0, 4.0))
+    assert script.table({"no training": found}).splitlines()[-1] == (
+        "| no training | 2 | 0 → 0.50 | – | 0.50 → 1.00 | 2.00 | – | – |"
+    )
