@@ -19,8 +19,9 @@ test: $(STAMP)
 
 # `ray up`: over ssh to hosts made of namespaces, which needs root and says where it is missing, and to AWS as moto
 # plays it. Side by side, as much of it is waiting; what was done is told at the end.
+SIDE_BY_SIDE ?= 2
 test-cluster: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n 2 --dist loadfile --no-loadscope-reorder -rA -o log_level=INFO \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n $(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder -rA -o log_level=INFO \
 	  tests/cluster/test_ray_up.py tests/cluster/test_jobs.py tests/test_cluster_aws.py
 
 fuzz: $(STAMP)
