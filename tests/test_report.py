@@ -482,6 +482,7 @@ def test_a_given_model_without_the_backdoor_is_not_called_badly_attacked(tmp_pat
     assert "suspect takes 1.00 % of triggered images for the target" in shown
     assert "another trigger or target" in shown
     assert "The attack succeeds" not in shown
+    assert "by epoch of pretraining" not in html.build(store).decode()
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"hash": "x"}'])
@@ -571,6 +572,20 @@ def test_figures_of_measures_show_the_numbers() -> None:
     for entry in found["differences"]:
         if entry["low"] is not None:
             assert {100 * entry[name] for name in ("difference", "low", "high")} <= shown
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_a_legend_lies_within_its_figure(objectives: int) -> None:
+    names = list(BASE)[:objectives]
+    epochs = [row for row in _epoch_rows() if row["objective"] in names]
+    trials = [row for row in _trial_rows() if row["objective"] in names]
+    drawn = figures.front_figure(epochs, fronts.compute(epochs, trials))
+    drawn.canvas.draw()
+    (legend,) = drawn.legends
+    around = legend.get_window_extent()
+    assert len(legend.get_texts()) == 5
+    assert around.x0 >= 0
+    assert around.x1 <= drawn.bbox.x1
 
 
 def test_front_figure_marks_the_batchnorm_baseline() -> None:

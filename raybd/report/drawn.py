@@ -38,7 +38,7 @@ def draw(
         drawn["instability"] = measure_figures.instability_figure(run["instability"])
         drawn["defender"] = measure_figures.defender_figure(run["defender"], run["fronts"])
         drawn["differences"] = measure_figures.difference_figure(measured["differences"])
-    if found["pretrain_epochs"]:
+    if any(row["epoch"] for row in found["pretrain_epochs"]):  # a model that was given has no course
         drawn["pretraining"] = figures.pretrain_figure(found["pretrain_epochs"])
     return {name: figure for name, figure in drawn.items() if figure}
 
@@ -53,10 +53,11 @@ def on_page(
     # Our own drawing, its texts turned to outlines: nothing in it can be markup from elsewhere.
     pictures = {name: figures.svg(figure, prefix=name, themed=True) for name, figure in drawn.items()}
     for name, figure in drawn.items():
-        # On a phone a wide figure is looked at piece by piece: shrunk to the screen nothing of it could be read.
-        pictures[name] = pictures[name].replace(
-            "<svg ", f'<svg style="min-width:{figure.get_figwidth() * 4.2:.0f}rem" ', 1
-        )
+        # On a phone a wide figure is looked at piece by piece: shrunk to the screen nothing of it could be read. One
+        # that is not wide is not blown up to the page's width.
+        width = figure.get_figwidth()
+        size = f"min-width:{4.2 * width:.0f}rem;max-width:{min(58.0, 7 * width):.0f}rem"
+        pictures[name] = pictures[name].replace("<svg ", f'<svg style="{size}" ', 1)
     front = f"front-{quoted}"
     if front in pictures:
         pictures[front] = targets.on_fronts(pictures[front], drawn[front], rows, trials, prefix=front)

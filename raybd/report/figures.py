@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, to_hex
@@ -106,13 +106,18 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4) -> None:
-    """Put one legend for all axes below them, where it covers nothing."""
+    """Put one legend for all axes below them, where it covers nothing, in as many columns as the figure is wide."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    if found:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(columns, len(found)))
+    handles, labels = list(found.values()), list(found)
+    renderer = RendererAgg(int(figure.bbox.width), int(figure.bbox.height), figure.dpi)
+    for count in range(min(columns, len(found)), 0, -1):
+        drawn = figure.legend(handles, labels, loc="outside lower center", ncols=count)
+        if count == 1 or drawn.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        drawn.remove()
 
 
 def empty(what: str) -> Figure:
