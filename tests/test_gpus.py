@@ -8,7 +8,10 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +128,32 @@ def test_the_machine_with_fewest_cores_for_a_gpu_decides() -> None:
     assert gpus.cores_for(found, cpus_per_trial=1) == 4
     assert gpus.cores_for(found[:2], cpus_per_trial=3) == 2  # 8 // 3, and 48 // 3 on four
     assert gpus.cores_for([], cpus_per_trial=1) == 1
+
+
+PRETENDED = """
+import json, sys
+import ray
+from test_gpus import GPU, gpus, tiny
+
+ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+study = tiny("resources.gpus_per_trial=auto", "resources.use_gpu=true", "resources.concurrent_trials=auto")
+share, choice = gpus.settle(study, GPU, prompts=44, trials=8)
+print(json.dumps([share.gpus_per_trial, share.concurrent_trials, choice.trials, str(choice)]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is of a GPU that Ray has and torch has not")
+def test_where_a_gpu_cannot_be_measured_each_trial_has_one() -> None:
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", PRETENDED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    of_a_gpu, at_once, trials, why = json.loads(done.stdout.splitlines()[-1])
+    assert (of_a_gpu, at_once, trials) == (1.0, 2, 1)
+    assert why.startswith("1 trial on a GPU: what one takes is not known: ")
+    assert "NVIDIA" in why or "CUDA" in why
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def entries(root: Path, name: str) -> list[Entry]:
     return Ledger(Store(f"{root}/{name}")).entries(Kind.TRIAL)
 
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def test_each_fault_is_one_failed_trial_or_none(root: Path, found: dict[str, Any]) -> None:
