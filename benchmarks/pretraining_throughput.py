@@ -37,7 +37,7 @@ from open_clip_train.train import train_one_epoch
 from PIL import Image, ImageFilter
 from setting import setting
 
-from raybd.data import cache
+from raybd.data import cache, streaming
 from raybd.data.cache import Images
 from raybd.data.pairs import Batch, CachedPairs, Pairs, Prepare
 from raybd.data.shards import find_shards
@@ -103,10 +103,27 @@ class Ready:
 
 @dataclass
 class Watched:
-    """Pairs, and how long each epoch's loop waits for its batches."""
+    """Pairs, and how long each epoch's loop waits for its batches: in all, and for what loader workers read."""
 
     pairs: Pairs
     seconds: list[float] = field(default_factory=list)
+    loader: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Have the samples of all streams that begin from now on watched."""
+        read = streaming._items
+
+        def watched(*given: Any, **how: Any) -> Iterator[Any]:
+            items = read(*given, **how)
+            while True:
+                began = time.perf_counter()
+                item = next(items, None)
+                self.loader[-1] += time.perf_counter() - began
+                if item is None:
+                    return
+                yield item
+
+        streaming._items = watched
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -119,6 +136,7 @@ class Watched:
         """Yield the batches of an epoch."""
         batches = self.pairs.epoch(epoch, **how)
         self.seconds.append(0.0)
+        self.loader.append(0.0)
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -251,7 +269,7 @@ def compare(given: argparse.Namespace, model: str, root: str) -> list[dict[str, 
     )
     rows = []
     for kind, pairs in pairs_by_kind.items():
-        clip = create(model, seed=1)
+        clip, plain = create(model, seed=1), streaming._items
         reference = Reference(clip, settings, shards, given)
         if isinstance(pairs, Ready):
             reference.use([(clip.normalise(b.images_BCHW), b.tokens_BL) for b in pairs.batches])
@@ -259,12 +277,15 @@ def compare(given: argparse.Namespace, model: str, root: str) -> list[dict[str, 
         found = make_set(tested, classes=list(CLASSES), plan=PLAN, evaluation=evaluation, seed=3)
         watched = Watched(pairs)
         Training(clip, watched, settings, turns, found).run()
+        streaming._items = plain
         ours, theirs = statistics.median(turns.ours), statistics.median(turns.theirs)
         ratios = [one / other for one, other in zip(turns.ours, turns.theirs, strict=True)]
         row = {"model": model, "batch": given.batch, "source": kind, "raybd": ours, "open_clip_train": theirs}
         row |= {"ratio": statistics.median(ratios), "rounds": [turns.ours, turns.theirs], "decoding_once": decoding}
         waits = zip(watched.seconds[1:], turns.seconds, strict=True)  # the first epoch warms up
         row["waiting"] = statistics.median(waited / whole for waited, whole in waits)
+        of_it = zip(watched.loader[1:], turns.seconds, strict=True)
+        row["loader"] = statistics.median(waited / whole for waited, whole in of_it)
         row["flops"] = training_flops(model, images=1) * ours
         rows.append(row)
         print(f"{model}, {kind}: {ours:.0f} against {theirs:.0f} images/s, {row['ratio']:.2f} x", file=sys.stderr)
@@ -288,13 +309,14 @@ def ceiling(device: torch.device) -> float:
 def table(rows: Sequence[dict[str, Any]], peak: float) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| model | batch | batches from | raybd, images/s | open_clip_train, images/s | ratio | of ceiling | waiting |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | batch | batches from | raybd, images/s | open_clip_train, images/s | ratio | of ceiling "
+        "| waiting | of it for the loader |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         speeds = f"{row['raybd']:.0f} | {row['open_clip_train']:.0f} | {row['ratio']:.2f}"
         head = f"| {row['model']} | {row['batch']} | {row['source']}"
-        lines.append(f"{head} | {speeds} | {row['flops'] / peak:.0%} | {row['waiting']:.1%} |")
+        lines.append(f"{head} | {speeds} | {row['flops'] / peak:.0%} | {row['waiting']:.1%} | {row['loader']:.1%} |")
     return "\n".join(lines)
 
 
