@@ -150,18 +150,18 @@ def busy(pid: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks in /proc whether a worker is idle")
 def test_while_a_step_is_taken_a_whole_batch_is_read_for_the_next(tmp_path: Path) -> None:
-    made = [shard(tmp_path / f"{n:02}.tar", {f"{n:02}{i}": sample(i) for i in range(50)}) for n in range(12)]
+    made = [shard(tmp_path / f"{n:02}.tar", {f"{n:02}{i:02}": sample(i) for i in range(20)}) for n in range(30)]
     before = {child.pid for child in multiprocessing.active_children()}
     pairs = StreamedPairs(indexed(made), prepare(), size=SIZE, workers=1, shuffle_buffer=1)
     batches = pairs.epoch(1, batch_size=300)
     first = next(batches)
     (worker,) = {child.pid for child in multiprocessing.active_children()} - before
     assert worker is not None
-    deadline, spent = time.monotonic() + SECONDS, -1
-    while busy(worker) > spent:
+    deadline, spent, idle = time.monotonic() + SECONDS, -1, 0
+    while idle < 4:  # one that others keep waiting looks idle, too
         assert time.monotonic() < deadline
-        spent = busy(worker)
-        time.sleep(1)
+        idle, spent = (0 if busy(worker) > spent else idle + 1), busy(worker)
+        time.sleep(0.5)
     for path in tmp_path.glob("*.tar"):  # what was not read by now never is
         path.unlink()
     (second,) = batches

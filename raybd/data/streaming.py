@@ -33,6 +33,7 @@ from raybd.errors import DataError
 from raybd.seeding import fork
 
 _CHUNK = 64
+_AHEAD_BYTES = 256 << 20  # of decoded images that a rank has ready at most, whatever the batch
 _SAFE = "PYTHONSAFEPATH"
 
 
@@ -141,7 +142,8 @@ class StreamedPairs:
     def _read(self, wanted: _Wanted, *, ahead: int) -> Iterator[_Item]:
         prepare = self._prepare if wanted.views else self._prepare.without_image_views()
         stream = _Stream(self._index, prepare, self._size, self._buffer, wanted)
-        return _items(stream, workers=self._workers, ahead=ahead)
+        bytes_each = 3 * self._size**2 * (2 if prepare.views and prepare.views[0] else 1)
+        return _items(stream, workers=self._workers, ahead=min(ahead, _AHEAD_BYTES // bytes_each))
 
     def _batch(self, items: list[_Item], epoch: int) -> Batch:
         whole = [item for item in items if item.image_CHW is not None]
@@ -167,8 +169,8 @@ def _items(stream: _Stream, *, workers: int, ahead: int) -> Iterator[_Item]:
     """Yield what loader workers read, epoch after epoch; they end with it, or with this process.
 
     Args:
-        ahead: samples that all workers together have ready, at least, beside the chunk under way: those of a batch,
-            which are then there when the step before it is done.
+        ahead: samples that all workers together have ready, beside the chunk under way: those of a batch, which are
+            then there when the step before it is done. Two chunks of each worker at least.
     """
     with tempfile.TemporaryFile() as file:
         loader: DataLoader[_Chunk] = DataLoader(
