@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from raybd.ledger import Entry, State, reading
-from raybd.metrics import SPLITS, Counts
+from raybd.metrics import SPLITS, STRONG, Counts
 from raybd.tables import SETTINGS
 from raybd.terms import TERMS
 
@@ -18,6 +18,7 @@ Rows = TypeVar("Rows")
 
 _TRAINING = ("epoch", "step", "samples_seen", "lr", "loss", "logit_scale", "broken")
 _TERMS = tuple(f"loss_{term}" for term in TERMS)  # those of weight 0 need not be in a record
+_SHOWS = 0.5  # ASR of a given model from which on there is no doubt that its backdoor is this one
 _SPEED = ("train_seconds", "evaluate_seconds", "samples_per_second")
 # What an epoch's record has beside its counts.
 RECORDED = (*_TRAINING, *_TERMS, *_SPEED)
@@ -108,6 +109,24 @@ def attack_lines(rows: Sequence[Row], *, epoch: int) -> list[str]:
         f"{role} {trigger_text(trigger)} → {target}: ASR {hits / n:.2%} ({hits} of {n})"
         for (role, trigger, target), (hits, n) in pooled.items()
     ]
+
+
+def weak_attack(name: str, asr: float, *, trained: bool) -> str:
+    """Return what it means that an attack succeeds in less than `metrics.STRONG` before cleaning.
+
+    Args:
+        asr: a fraction.
+        trained: whether the model saw the poison here; one that was given may have another backdoor, or none.
+    """
+    if trained or asr >= _SHOWS:
+        return (
+            f"The attack succeeds on {name} in {asr:.2%} only, less than {STRONG:.0%}: "
+            "there is less to clean, and cleanings of it compare little with others."
+        )
+    return (
+        f"{name} takes {asr:.2%} of triggered images for the target before anything is cleaned: it seems to have no "
+        "backdoor, or one of another trigger or target, which these fronts do not show."
+    )
 
 
 def trigger_text(trigger: str) -> str:

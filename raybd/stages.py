@@ -11,8 +11,7 @@ from raybd.console import View
 from raybd.errors import StudyError, TrialError
 from raybd.failures import message_of, traceback_name
 from raybd.metrics import ALIKE, STRONG
-from raybd.records import attack_lines, attack_rows, pretrain_rows
-from raybd.report.words import weak_attack
+from raybd.records import attack_lines, attack_rows, pretrain_rows, weak_attack
 from raybd.store import Store
 from raybd.study import Study
 from raybd.study_directory import Outcome, StudyDirectory

@@ -148,7 +148,7 @@ def test_where_a_gpu_cannot_be_measured_each_trial_has_one() -> None:
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PRETENDED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     of_a_gpu, at_once, trials, why = json.loads(done.stdout.splitlines()[-1])
     assert (of_a_gpu, at_once, trials) == (1.0, 2, 1)

@@ -26,6 +26,7 @@ from raybd import analysis, examples, fronts, metrics, tables
 from raybd.cli import app
 from raybd.errors import DataError, RaybdError, StorageError
 from raybd.points import Points
+from raybd.records import weak_attack
 from raybd.report import drawn, figures, grids, html, measure_figures, spent, targets, text, words
 from raybd.store import Store
 from tests.browser import BASH, CHROMIUM, Browser
@@ -460,7 +461,7 @@ def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
     ("asr", "expected"),
     [
         ((0.99, 0.97), []),
-        ((1.00, 0.88), ["on a (100.00 %) than on b (88.00 %)", "succeeds on b in 88.00 %"]),
+        ((1.00, 0.88), ["on a (100.00 %) than on b (88.00 %)", "succeeds on b in 88.00%"]),
         ((0.94, 0.93), ["succeeds on a in", "succeeds on b in"]),
     ],
 )
@@ -476,13 +477,27 @@ def test_warnings_about_backdoors_that_differ_or_are_weak(
 
 def test_a_given_model_without_the_backdoor_is_not_called_badly_attacked(tmp_path: Path) -> None:
     store = _make(tmp_path, cleaned=False)
+    course = 'aria-label="Accuracy, attack success rate and loss by epoch of pretraining"'
+    assert course in html.build(store).decode()
     rows = [{**row, "asr_top1": 0.01} for row in _pretrain_rows({"suspect": (0.7, 0.9)}) if row["epoch"] == 0]
     tables.write(store, "pretrain_epochs", "p", rows)
-    shown = _Page(html.build(store).decode()).text
-    assert "suspect takes 1.00 % of triggered images for the target" in shown
+    page = html.build(store).decode()
+    shown = _Page(page).text
+    assert "suspect takes 1.00% of triggered images for the target" in shown
     assert "another trigger or target" in shown
     assert "The attack succeeds" not in shown
-    assert "by epoch of pretraining" not in html.build(store).decode()
+    assert course not in page
+
+
+@pytest.mark.parametrize(
+    ("asr", "trained", "seen"),
+    [(0.01, False, False), (0.01, True, True), (0.49, False, False), (0.5, False, True), (0.94, False, True)],
+)
+def test_a_backdoor_that_works_is_not_said_to_be_absent(*, asr: float, trained: bool, seen: bool) -> None:
+    sentence = weak_attack("suspect", asr, trained=trained)
+    assert f"{asr:.2%}" in sentence
+    assert ("The attack succeeds" in sentence) == seen
+    assert ("seems to have no backdoor" in sentence) != seen
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"hash": "x"}'])
@@ -572,6 +587,24 @@ def test_figures_of_measures_show_the_numbers() -> None:
     for entry in found["differences"]:
         if entry["low"] is not None:
             assert {100 * entry[name] for name in ("difference", "low", "high")} <= shown
+
+
+def test_where_no_cleaning_keeps_the_accuracy_the_head_says_what_removes_the_attack(tmp_path: Path) -> None:
+    def made(name: str, cleaned: tuple[float, float]) -> str:
+        epochs = [{**row, **(_rates(*cleaned) if row["epoch"] else {})} for row in _epoch_rows()]
+        store = _make(tmp_path / name)
+        tables.write(store, "epochs", "e", epochs)
+        tables.write(store, "fronts", "f", fronts.compute(epochs, _trial_rows()))
+        page = html.build(store).decode()
+        head = _Page(page[page.index('<ul class="head">') : page.index("<nav")]).text
+        return " ".join(head.split())
+
+    assert "best within 1 point" in made("kept", (0.69, 0.5))
+    removed = made("removed", (0.5, 0.02))
+    assert "2.11 % , not within 1 point of accuracy" in removed
+    assert "at accuracy 50.00 %" in removed
+    assert "the most accurate with ASR ≤ 5 %" in removed
+    assert "ASR stays above 5 %" in made("stays", (0.5, 0.4))
 
 
 @pytest.mark.parametrize("objectives", [1, 2])

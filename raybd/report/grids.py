@@ -67,7 +67,7 @@ def methods(summaries: Iterable[Row], *, kind: str = "any_epoch") -> list[Grid]:
             words.percent(lost and lost["share_lost"], digits=1),
         )
         rows.append(("strong" if front.method == ALL_METHODS else "", cells))
-    heads = ("hyper-\nvolume", "share\n%", "ASR % at\n≤ 1 point", "acc. % at\nASR ≤ 5 %", "accuracy\nlost %")
+    heads = ("hyper-\nvolume", "share\n%", "ASR % at\n≤ 1 point", "acc. % at\nASR ≤ 5 %", "lost, % of\npoisoned")
     columns = [Column("\npoisoned model"), Column("\nmethod"), *_numbers(*heads)]
     columns[2] = Column(heads[0], number=True, alone="hypervolume")
     return [

@@ -30,7 +30,7 @@ from raybd.fronts import ALL_METHODS
 from raybd.ledger import reading
 from raybd.metrics import ALIKE, STRONG
 from raybd.plain import plain
-from raybd.records import trigger_text
+from raybd.records import trigger_text, weak_attack
 from raybd.report import attacks, drawn, figures, grids, spent, words
 from raybd.report.words import Front, Grid, Row
 from raybd.store import Store
@@ -258,7 +258,7 @@ def _warnings(pretrain_epochs: Sequence[Row]) -> list[str]:
             f"{100 * ALIKE:.0f} points before cleaning compare little."
         )
     trained = {names[key]: row["epoch"] > 0 for key, row in last.items()}
-    found += [words.weak_attack(name, share, trained=trained[name]) for name, share in asr.items() if share < STRONG]
+    found += [weak_attack(name, share, trained=trained[name]) for name, share in asr.items() if share < STRONG]
     return found
 
 
@@ -297,6 +297,7 @@ def _front(
         if front.method == ALL_METHODS and trial and "method" not in tables.searched(trial):
             settings = f"{trial['method']}, {settings}"
         return {
+            "cleaned": epoch > 0,
             "place": numbers.get(trial_id) if epoch else None,
             "export": f"raybd export {location} {shlex.quote(f'{trial_id}:{epoch}')}" if searched["checkpoint"] else "",
             "trial": "–" if epoch == 0 else words.trial_name(trial_id, trial),
@@ -321,6 +322,7 @@ def _front(
             for rule, searched, quoted in chosen
         ],
         "best": point(front.search["best_asr_within"]["1"]),
+        "removed": point(front.search["best_top1_at_asr"]["0.05"]),
         "points": [
             {**(point(searched) or {}), "contribution": f"{searched['hv_contribution']:.4f}"}
             for searched, _ in front.points()

@@ -103,7 +103,7 @@ def _choices_table(front: Front, trials: Mapping[str, Row]) -> Table:
     for name in ("\ntrial", "\nepoch"):
         table.add_column(name, justify="right", no_wrap=True)
     _add_score_columns(table, front)
-    table.add_column("accuracy\nlost %", justify="right", no_wrap=True)
+    table.add_column("share\nlost %", justify="right", no_wrap=True)
     for rule, chosen, quoted in front.chosen():
         if chosen is None or quoted is None:
             table.add_row(rule.removeprefix("best "), "none")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from raybd import tables
 from raybd.fronts import ALL_METHODS, HALVES, WHOLE, objective_names
-from raybd.metrics import STRONG, wilson
+from raybd.metrics import wilson
 from raybd.plain import plain
 
 Row = Mapping[str, Any]
@@ -103,23 +103,6 @@ def settings(trial: Row | None) -> str:
         other_params(trial),
     ]
     return ", ".join(part for part in parts if part)
-
-
-def weak_attack(name: str, asr: float, *, trained: bool) -> str:
-    """Return what it means that triggered images are seldom taken for the target before cleaning.
-
-    Args:
-        trained: whether the model saw the poison here; one that was given may have another backdoor, or none.
-    """
-    if trained:
-        return (
-            f"The attack succeeds on {name} in {percent(asr)} % only, less than {100 * STRONG:.0f} %: "
-            "there is little to clean, and cleanings of it compare little with others."
-        )
-    return (
-        f"{name} takes {percent(asr)} % of triggered images for the target, less than {100 * STRONG:.0f} %, before "
-        "anything is cleaned. It has no backdoor, or one of another trigger or target, which these fronts do not show."
-    )
 
 
 def flat(settings: Mapping[str, Any], *, at: str = "") -> list[tuple[str, str]]:
