@@ -590,8 +590,8 @@ def test_figures_of_measures_show_the_numbers() -> None:
 
 
 def test_where_no_cleaning_keeps_the_accuracy_the_head_says_what_removes_the_attack(tmp_path: Path) -> None:
-    def made(name: str, cleaned: tuple[float, float]) -> str:
-        epochs = [{**row, **(_rates(*cleaned) if row["epoch"] else {})} for row in _epoch_rows()]
+    def made(name: str, cleaned: tuple[float, float], before: tuple[float, float] = (0.7, 0.99)) -> str:
+        epochs = [{**row, **_rates(*(cleaned if row["epoch"] else before))} for row in _epoch_rows()]
         store = _make(tmp_path / name)
         tables.write(store, "epochs", "e", epochs)
         tables.write(store, "fronts", "f", fronts.compute(epochs, _trial_rows()))
@@ -605,6 +605,9 @@ def test_where_no_cleaning_keeps_the_accuracy_the_head_says_what_removes_the_att
     assert "at accuracy 50.00 %" in removed
     assert "the most accurate with ASR ≤ 5 %" in removed
     assert "ASR stays above 5 %" in made("stays", (0.5, 0.4))
+    harmless = made("harmless", (0.5, 0.04), before=(0.7, 0.02))
+    assert "2.11 % before cleaning there is no attack to remove" in harmless
+    assert "not within" not in harmless
 
 
 @pytest.mark.parametrize("objectives", [1, 2])

@@ -43,6 +43,7 @@ _RATES = (
     ("asr_top1", "hit_target", "n_triggered"),
     ("robust_top1", "correct_triggered", "n_triggered"),
 )
+_REMOVED = 0.05  # ASR up to which an attack counts as removed; one of `fronts.CEILINGS`
 _KINDS = {"any_epoch": "every epoch of every trial competes", "final": "only the last epoch of each trial competes"}
 
 
@@ -322,7 +323,8 @@ def _front(
             for rule, searched, quoted in chosen
         ],
         "best": point(front.search["best_asr_within"]["1"]),
-        "removed": point(front.search["best_top1_at_asr"]["0.05"]),
+        "harmless": front.search["baseline"]["asr_top1"] <= _REMOVED,
+        "removed": point(front.search["best_top1_at_asr"][str(_REMOVED)]),
         "points": [
             {**(point(searched) or {}), "contribution": f"{searched['hv_contribution']:.4f}"}
             for searched, _ in front.points()
