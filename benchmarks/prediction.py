@@ -59,6 +59,7 @@ class Comparison:
     def __init__(self, study: Study, speed: Speed) -> None:
         self._study, self._speed = study, speed
         self._sizes = planning.sizes(study)
+        self._look = planning.evaluation_cost(study, self._sizes)
         self.kinds: dict[str, Seconds] = {}
 
     def add(self, entry: Entry, settings: TrainSettings) -> None:
@@ -72,7 +73,7 @@ class Comparison:
         records = list(entry.epochs.values())
         real = [sum(record[name] for record in records) for name in ("train_seconds", "evaluate_seconds")]
         looks = sum(record["evaluate_seconds"] > _SHARED for record in records)
-        predicted = [cost / training, looks * self._look() / forward]
+        predicted = [cost / training, looks * self._look / forward]
         found = self.kinds.setdefault(kind(settings), Seconds())
         found.runs, found.epochs = found.runs + 1, found.epochs + settings.epochs
         found.looks += looks
@@ -80,12 +81,6 @@ class Comparison:
         found.evaluation = _plus(found.evaluation, (predicted[1], real[1]))
         if cleaning and entry.ended:
             found.whole = _plus(found.whole, (sum(predicted), entry.ended["device_seconds"]))
-
-    def _look(self) -> float:
-        study, sizes = self._study, self._sizes
-        prompts = planning.prompt_count(study, sizes)
-        passes = 1 + len(study.poison.attacks) + len(study.evaluation.controls)
-        return costs.evaluation_cost(study.model.name, images=sizes.images, passes=passes, prompts=prompts)
 
 
 def _plus(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:

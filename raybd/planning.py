@@ -296,14 +296,16 @@ def prompt_count(study: Study, found: Sizes) -> int:
     return (found.classes or 0) * len(prompts.templates(study.evaluation.templates, field="evaluation.templates"))
 
 
+def evaluation_cost(study: Study, found: Sizes) -> float:
+    """Return the operations of an evaluation: of clean images, and of those with each trigger that is measured."""
+    passes = 1 + len(study.poison.attacks) + len(study.evaluation.controls)
+    prompts = prompt_count(study, found)
+    return costs.evaluation_cost(study.model.name, images=found.images, passes=passes, prompts=prompts)
+
+
 def _part(stage: str, objective: str, runs: Sequence[_Run], study: Study, found: Sizes, speed: Speed | None) -> Part:
     """Add runs up."""
-    one = costs.evaluation_cost(
-        study.model.name,
-        images=found.images,
-        passes=1 + len(study.poison.attacks) + len(study.evaluation.controls),
-        prompts=prompt_count(study, found),
-    )
+    one = evaluation_cost(study, found)
     looks = [_looks(settings) for settings, _, _ in runs]
     if stage == "clean":
         looks[0] += 1  # the poisoned model, once for all trials of a process; how many there are is not known

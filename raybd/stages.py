@@ -175,13 +175,12 @@ class Run(StudyDirectory):
         from raybd.train.pretraining import done
 
         self.view.stage("poisoned models")
-        asr, trained = {}, {}
+        lasts = {}
         for objective, pretrain_id in ids.items():
             entry = done(self.store, pretrain_id)
             if entry is None:
                 continue
-            last = pretrain_rows(entry)[-1]
-            asr[objective], trained[objective] = last["asr_top1"], last["epoch"] > 0
+            last = lasts[objective] = pretrain_rows(entry)[-1]
             self.view.line(
                 f"  {objective}: accuracy {last['zeroshot_top1']:.2%} ({last['correct_clean']} of {last['n_clean']}), "
                 f"ASR {last['asr_top1']:.2%} ({last['hit_target']} of {last['n_triggered']}), "
@@ -189,8 +188,9 @@ class Run(StudyDirectory):
             )
             for line in attack_lines(attack_rows(entry), epoch=last["epoch"]):
                 self.view.line(f"    {line}")
-        if not asr:
+        if not lasts:
             return
+        asr = {objective: last["asr_top1"] for objective, last in lasts.items()}
         low, high = min(asr, key=asr.__getitem__), max(asr, key=asr.__getitem__)
         if asr[high] - asr[low] > ALIKE:
             self.view.warn(
@@ -199,7 +199,7 @@ class Run(StudyDirectory):
             )
         for objective, value in asr.items():
             if value < STRONG:
-                self.view.warn(weak_attack(objective, value, trained=trained[objective]))
+                self.view.warn(weak_attack(objective, value, trained=lasts[objective]["epoch"] > 0))
 
     def _illustrate(self) -> None:
         try:
