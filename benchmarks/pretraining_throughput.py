@@ -21,10 +21,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import open_clip
@@ -101,6 +103,26 @@ class Ready:
         yield from self.batches
 
 
+Timed = TypeVar("Timed")
+
+
+def timed(items: Iterator[Timed], seconds: list[float]) -> Iterator[Timed]:
+    """Yield items, and add to the last of some seconds how long each is waited for."""
+    while True:
+        began = time.perf_counter()
+        item = next(items, None)
+        seconds[-1] += time.perf_counter() - began
+        if item is None:
+            return
+        yield item
+
+
+def loader_timed(seconds: list[float]) -> AbstractContextManager[Any]:
+    """Have the waiting for what loader workers read added to the last of some seconds, in streams that begin within."""
+    read = streaming._items
+    return patch.object(streaming, "_items", lambda *of, **how: timed(read(*of, **how), seconds))
+
+
 @dataclass
 class Watched:
     """Pairs, and how long each epoch's loop waits for its batches: in all, and for what loader workers read."""
@@ -108,22 +130,6 @@ class Watched:
     pairs: Pairs
     seconds: list[float] = field(default_factory=list)
     loader: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Have the samples of all streams that begin from now on watched."""
-        read = streaming._items
-
-        def watched(*given: Any, **how: Any) -> Iterator[Any]:
-            items = read(*given, **how)
-            while True:
-                began = time.perf_counter()
-                item = next(items, None)
-                self.loader[-1] += time.perf_counter() - began
-                if item is None:
-                    return
-                yield item
-
-        streaming._items = watched
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -134,16 +140,9 @@ class Watched:
 
     def epoch(self, epoch: int, **how: Any) -> Iterator[Batch]:
         """Yield the batches of an epoch."""
-        batches = self.pairs.epoch(epoch, **how)
         self.seconds.append(0.0)
         self.loader.append(0.0)
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds[-1] += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
+        return timed(self.pairs.epoch(epoch, **how), self.seconds)
 
 
 @dataclass
@@ -269,23 +268,22 @@ def compare(given: argparse.Namespace, model: str, root: str) -> list[dict[str, 
     )
     rows = []
     for kind, pairs in pairs_by_kind.items():
-        clip, plain = create(model, seed=1), streaming._items
+        clip = create(model, seed=1)
         reference = Reference(clip, settings, shards, given)
         if isinstance(pairs, Ready):
             reference.use([(clip.normalise(b.images_BCHW), b.tokens_BL) for b in pairs.batches])
         turns = Turns(given.device, reference.epoch)
         found = make_set(tested, classes=list(CLASSES), plan=PLAN, evaluation=evaluation, seed=3)
         watched = Watched(pairs)
-        Training(clip, watched, settings, turns, found).run()
-        streaming._items = plain
+        with loader_timed(watched.loader):
+            Training(clip, watched, settings, turns, found).run()
         ours, theirs = statistics.median(turns.ours), statistics.median(turns.theirs)
         ratios = [one / other for one, other in zip(turns.ours, turns.theirs, strict=True)]
         row = {"model": model, "batch": given.batch, "source": kind, "raybd": ours, "open_clip_train": theirs}
         row |= {"ratio": statistics.median(ratios), "rounds": [turns.ours, turns.theirs], "decoding_once": decoding}
-        waits = zip(watched.seconds[1:], turns.seconds, strict=True)  # the first epoch warms up
-        row["waiting"] = statistics.median(waited / whole for waited, whole in waits)
-        of_it = zip(watched.loader[1:], turns.seconds, strict=True)
-        row["loader"] = statistics.median(waited / whole for waited, whole in of_it)
+        for name, waits in (("waiting", watched.seconds), ("loader", watched.loader)):
+            shares = (waited / whole for waited, whole in zip(waits[1:], turns.seconds, strict=True))
+            row[name] = statistics.median(shares)  # without the first epoch, which warms up
         row["flops"] = training_flops(model, images=1) * ours
         rows.append(row)
         print(f"{model}, {kind}: {ours:.0f} against {theirs:.0f} images/s, {row['ratio']:.2f} x", file=sys.stderr)

@@ -111,9 +111,8 @@ def alone(study: Study, store: Store, entries: list[Entry], folder: str) -> list
         other.put(name, store.get(name))
     for count, entry in enumerate([entries[0], *entries]):
         started = entry.started
-        number = (
-            study.search.trials_each if count == 0 else started["number"]
-        )  # the first one warms up, under a number of its own
+        # The first one warms up, under a number of its own.
+        number = study.search.trials_each if count == 0 else started["number"]
         id = f"{started['objective']}-{number:04d}"
         task = Assignment(id, number, started["objective"], started["pretrain_id"], started["params"])
         began = time.perf_counter()
